@@ -1,0 +1,102 @@
+"""The directory of one attempt: what stands in it, who writes it, who reads it.
+
+    spec.json        supervisor   the stored JobSpec
+    inputs.json      supervisor   `Inputs`: where model, data and resume points lie on this host, devices, threads
+    events.jsonl     trainer      its own events, one line each, appended by single writes
+    profiles.json    trainer      what it measured of the data, for the web service to keep
+    checkpoints/     trainer      step-<n>/ with a manifest; half-written ones are .tmp-*
+    result/          trainer      the adapter or model; complete once outcome.json says 0
+    outcome.json     trainer      `OutcomeFile`, its last act; none = it was killed
+    report.json      trainer      what was planned beside what happened
+    trainer.log      supervisor   what the trainer printed
+    journal.jsonl    supervisor   events and logs under the attempt's own seq
+    supervisor.json  supervisor   who it is: pid, start time, boot id
+    exit.json        supervisor   `ExitFile`, its last act; none = the supervisor died, outcome `lost`
+
+`pegbox train --out DIR` makes the same directory by hand. Nothing here knows torch or the network.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from core.events import Reason
+from core.states import Outcome
+
+EXIT_CODES: dict[Reason, int] = {
+    "bad_spec": 65,
+    "bad_data": 66,
+    "internal": 70,
+    "oom": 71,
+    "nan": 72,
+    "disk_full": 73,
+    "stopped": 75,
+}
+
+
+class File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputFile(File):
+    dataset: str  # as the spec names it
+    path: str
+    sha256: str
+
+
+class Inputs(File):
+    model_path: str
+    model_name: str
+    data: tuple[InputFile, ...]
+    resume: tuple[str, ...] = ()  # checkpoint directories, newest first; the first that verifies is taken
+    # A step that a checkpoint of another job has reached counts for `retry` just as one of this job's own.
+    devices: tuple[str, ...] = ("cpu0",)
+    # CPU threads a rank; bit-for-bit resume depends on it. A checkpoint's own number wins on resume.
+    threads: int = 1
+
+
+class OutcomeFile(File):
+    code: int
+    reason: Reason | None = None
+    text: str = ""
+    remedy: str = ""
+
+
+class ExitFile(File):
+    outcome: Outcome
+    exit_code: int | None
+    reason: Reason | None = None
+    text: str = ""
+    remedy: str = ""
+    final_seq: int = 0
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """All or nothing, also through a power cut: temporary file, fsync, rename, fsync of the folder."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: BaseModel) -> None:
+    write_atomically(path, json.dumps(value.model_dump(mode="json"), ensure_ascii=False, indent=1).encode())

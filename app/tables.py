@@ -33,6 +33,8 @@ class User(SQLModel, table=True):
 
 
 class LoginSession(SQLModel, table=True):
+    __tablename__ = "login_session"
+
     id_sha256: str = Field(primary_key=True)  # the cookie's value is never stored
     user: str = Field(foreign_key="user.id", index=True)
     csrf: str
@@ -44,6 +46,8 @@ class LoginSession(SQLModel, table=True):
 class LoginLink(SQLModel, table=True):
     """One-time: the first start prints one; `used_at` is set by the log-in that it grants."""
 
+    __tablename__ = "login_link"
+
     token_sha256: str = Field(primary_key=True)
     user: str = Field(foreign_key="user.id")
     created_at: float
@@ -52,6 +56,8 @@ class LoginLink(SQLModel, table=True):
 
 
 class ApiToken(SQLModel, table=True):
+    __tablename__ = "api_token"
+
     id: str = Field(primary_key=True)  # tok_...
     name: str
     role: str  # viewer | member | admin | worker
@@ -65,6 +71,8 @@ class ApiToken(SQLModel, table=True):
 
 class IdempotentReply(SQLModel, table=True):
     """The reply that a POST with an Idempotency-Key got, kept for 24 h."""
+
+    __tablename__ = "idempotent_reply"
 
     key: str = Field(primary_key=True)
     owner: str = Field(primary_key=True)  # the user or token

@@ -76,22 +76,76 @@ TEXTS: dict[str, str] = {
     "warmup.single_step": N_("the run has a single step, so there is none to warm up on"),
     "warmup.steps": N_("as given, of {total_steps} steps"),
     # -- wait: why a queued job does not run yet -----------------------------------------------------------------
-    "wait.cpu_slots_busy": N_("waits for a free device: {busy} of {total} CPU slots on {host} are busy"),
-    "wait.devices_busy": N_(
+    "wait.cpu_slot": N_("waits for a free device: {busy} of {total} CPU slots on {host} are busy"),
+    "wait.cpu_slots": N_("waits for {num_devices} free devices: {busy} of {total} CPU slots on {host} are busy"),
+    "wait.device": N_("waits for a free device: {busy} of {total} on {num_hosts} hosts are busy"),
+    "wait.devices": N_(
         "waits for {num_devices} free devices on one host: {busy} of {total} on {num_hosts} hosts are busy"
     ),
-    "wait.excluded": N_("failed to start on every host that could run it: {hosts}"),
+    "wait.excluded": N_("it failed to start on, or was kept from, each host that could run it: {hosts}"),
     "wait.features": N_("no host that has the model offers {features}"),
-    "wait.gpus_busy": N_("waits for a free device: {busy} of {total} GPUs on {host} are busy"),
+    "wait.gpu": N_("waits for a free device: {busy} of {total} GPUs on {host} are busy"),
+    "wait.gpus": N_("waits for {num_devices} free devices: {busy} of {total} GPUs on {host} are busy"),
     "wait.host_full": N_("waits for host {host}, where its checkpoint is: {busy} of {total} devices there are busy"),
-    "wait.host_gone": N_("waits for host {host}, where its checkpoint is; it is not connected or takes no new jobs"),
-    "wait.host_unfit": N_("waits for host {host}, where its checkpoint is, but that host cannot run it now: {problem}"),
+    "wait.host_gone": N_("waits for host {host}, where its checkpoint is; that host is silent or draining"),
+    "wait.host_unfit": N_(
+        "waits for host {host}, where its checkpoint is, but that host no longer has the model {model}, "
+        "{num_devices} devices or a feature that it needs; mend the host, or start over elsewhere"
+    ),
+    "wait.kept": N_("free devices of {host} are kept for job {ahead}, which stands before it"),
     "wait.no_host": N_("no host is connected"),
-    "wait.no_host_accepts": N_("no connected host takes new jobs now: {hosts}"),
+    "wait.no_host_accepts": N_("each host that could run it is silent or draining: {hosts}"),
     "wait.no_model": N_("no host has the model {model}"),
     "wait.position": N_("position {position} in the queue: {reason}"),
-    "wait.reserved": N_("waits behind job {ahead}, for which the free devices of {host} are kept"),
     "wait.too_many_devices": N_("asks for {num_devices} devices, the largest host has {largest}"),
+    # -- data: the file and its rows -----------------------------------------------------------------------------
+    "data.array_broken": N_(
+        "the JSON array breaks here: {problem}; the rows before are kept, nothing after is read, so mend it here"
+    ),
+    "data.array_row_too_deep": N_(
+        "this row is nested too deep to be read; the rows before are kept, nothing after is read"
+    ),
+    "data.array_row_too_long": N_(
+        "this row is longer than {limit:,} bytes; the rows before are kept, nothing after is read, "
+        "so shorten it, or write one JSON object a line (JSONL), where reading goes on after a long row"
+    ),
+    "data.kind_not_built": N_(
+        "{kind} files are not read yet in this release; give JSONL (one JSON object a line) or a JSON array of objects"
+    ),
+    "data.kind_unknown": N_(
+        "the file begins with {start}; JSONL (one JSON object a line) or a JSON array of objects in UTF-8 is expected "
+        "(CSV is not built yet in this release)"
+    ),
+    "data.row_broken": N_("this is not valid JSON: {problem}; one JSON object is expected on the line"),
+    "data.row_half_character": N_(
+        "a \\u escape stands for half a character (a lone surrogate); write the character itself or both halves"
+    ),
+    "data.row_not_finite": N_("{constant} is no number of JSON; write a finite number or null"),
+    "data.row_not_object": N_("this row is {found}; a JSON object is expected"),
+    "data.row_not_utf8": N_("byte {position} of this row is not UTF-8; save the file in UTF-8"),
+    "data.row_too_deep": N_("this row is nested too deep to be read; a conversation needs a few levels"),
+    "data.row_too_long": N_("this row has {size:,} bytes; at most {limit:,} are allowed, so shorten or split it"),
+    # -- data: what a row holds ----------------------------------------------------------------------------------
+    "data.expected": N_("{field} is {found}; {expected} is expected"),
+    "data.format_unknown": N_(
+        "no known format fits: the rows have the keys {keys}. Expected is one of: {expected}. "
+        "Rename the keys, or set data.format"
+    ),
+    "data.no_assistant": N_("{field} holds no assistant turn, so there is nothing to learn; add one or drop the row"),
+    "data.no_rows": N_("the data holds no row; one JSON object a row is expected"),
+    "data.result_without_call": N_(
+        "{field} is a tool's result, but no assistant turn stands before it; put the call before its result"
+    ),
+    "data.two_systems": N_("{field} and the first turn both give a system text; keep one of them"),
+    # -- chat ----------------------------------------------------------------------------------------------------
+    "chat.no_border": N_(
+        "the chat template rewrites what stands before turn {turn} when the turn is added, so nobody can say "
+        "which tokens are the turn; set model.chat_template to chatml, or data.train_on to all"
+    ),
+    "chat.no_template": N_(
+        "the model has no chat template, which conversations need; set model.chat_template to chatml"
+    ),
+    "chat.template_refused": N_("the chat template refuses this conversation: {problem}"),
 }
 
 

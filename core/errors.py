@@ -97,7 +97,7 @@ TEXTS: dict[str, str] = {
     "wait.no_host_accepts": N_("each host that could run it is silent or draining: {hosts}"),
     "wait.no_model": N_("no host has the model {model}"),
     "wait.position": N_("position {position} in the queue: {reason}"),
-    "wait.too_many_devices": N_("asks for {num_devices} devices, the largest host has {largest}"),
+    "wait.too_many_devices": N_("asks for {num_devices} devices, the largest host that could run it has {largest}"),
     # -- data: the file and its rows -----------------------------------------------------------------------------
     "data.array_broken": N_(
         "the JSON array breaks here: {problem}; the rows before are kept, nothing after is read, so mend it here"

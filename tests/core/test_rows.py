@@ -1,0 +1,225 @@
+import json
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import UserError
+from core.rows import RefusedRow, Row, detect_kind, read_rows
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+json_rows = st.lists(st.dictionaries(st.text(), json_values, max_size=4), max_size=6)
+
+
+def cut(content: bytes, size: int) -> list[bytes]:
+    return [content[start : start + size] for start in range(0, len(content), size)]
+
+
+def values(content: bytes, size: int = 7) -> list[object]:
+    rows = list(read_rows(cut(content, size)))
+    assert all(isinstance(row, Row) for row in rows), [str(row) for row in rows]
+    return [row.value for row in rows]
+
+
+def outcomes(content: bytes, **limits: int) -> list[tuple[int, int, str]]:
+    """(line, index, "ok" or the error's code), the same however the bytes are cut."""
+    results = [
+        [
+            (row.line, row.index, row.error.code if isinstance(row, RefusedRow) else "ok")
+            for row in read_rows(cut(content, size), **limits)
+        ]
+        for size in (1, 3, 64, 10_000_000)
+    ]
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+@given(json_rows, st.integers(1, 40), st.booleans(), st.sampled_from([b"\n", b"\r\n"]), st.booleans())
+def test_jsonl_gives_its_rows_however_the_bytes_are_cut(rows, size, as_ascii, line_end, has_mark):
+    lines = [json.dumps(row, ensure_ascii=as_ascii).encode() for row in rows]
+    content = (b"\xef\xbb\xbf" if has_mark else b"") + line_end.join(lines)
+    assert values(content, size) == rows
+
+
+@given(json_rows, st.integers(1, 40), st.booleans(), st.sampled_from([None, 2]), st.booleans())
+def test_an_array_gives_its_rows_however_the_bytes_are_cut(rows, size, as_ascii, indent, has_mark):
+    content = json.dumps(rows, ensure_ascii=as_ascii, indent=indent).encode()
+    content = (b"\xef\xbb\xbf" if has_mark else b"") + content
+    assert values(content, size) == rows
+
+
+@given(json_rows)
+def test_an_array_across_heads_and_windows_counts_its_lines(rows):
+    content = b"[\n" + b",\n".join(json.dumps(row).encode() for row in rows) + b"\n]\n"
+    assert outcomes(content) == [(number + 2, number, "ok") for number in range(len(rows))]
+
+
+def test_blank_lines_are_skipped_and_counted_in_line_numbers_alone():
+    assert outcomes(b'\n{"a": 1}\r\n\r\n  \n{"a": 2}\n\n') == [(2, 0, "ok"), (5, 1, "ok")]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf", b"[]", b" [ \n ] \n"])
+def test_an_empty_file_yields_nothing(content):
+    assert list(read_rows([content])) == []
+    assert list(read_rows([])) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        (b'{"a": "1', "data.row_broken"),
+        (b'{"a": 1} {"b": 2}', "data.row_broken"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "data.row_broken"),
+        (b"hello", "data.row_broken"),
+        (b"[1, 2]", "data.row_not_object"),
+        (b'"text"', "data.row_not_object"),
+        (b"12", "data.row_not_object"),
+        (b"null", "data.row_not_object"),
+        (b"true", "data.row_not_object"),
+        (b'{"a": NaN}', "data.row_not_finite"),
+        (b'{"a": [-Infinity]}', "data.row_not_finite"),
+        (b'{"a": 1e999}', "data.row_not_finite"),
+        (b'{"a": "\xff"}', "data.row_not_utf8"),
+        (b'{"a": "\xed\xa0\x80"}', "data.row_not_utf8"),
+        (b'{"a": "\\ud83d"}', "data.row_half_character"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "data.row_too_deep"),
+    ],
+)
+def test_a_bad_line_is_refused_with_its_line_and_the_next_goes_on(line, code):
+    assert outcomes(b'{"a": 1}\n' + line + b'\n{"a": 2}\n') == [(1, 0, "ok"), (2, 1, code), (3, 2, "ok")]
+
+
+def test_both_halves_of_an_escaped_emoji_are_one_character():
+    assert values(b'{"a": "\\ud83d\\ude00"}') == [{"a": "\U0001f600"}]
+
+
+@pytest.mark.parametrize(
+    ("element", "code"),
+    [
+        (b"12", "data.row_not_object"),
+        (b"[1]", "data.row_not_object"),
+        (b'{"a": NaN}', "data.row_not_finite"),
+        (b'{"a": "\xff"}', "data.row_not_utf8"),
+        (b'{"a": "\\ud83d"}', "data.row_half_character"),
+    ],
+)
+def test_a_bad_element_that_is_whole_is_refused_and_the_next_goes_on(element, code):
+    assert outcomes(b'[{"a": 1},\n' + element + b',\n{"a": 2}]') == [(1, 0, "ok"), (2, 1, code), (3, 2, "ok")]
+
+
+@pytest.mark.parametrize(
+    ("rest", "line", "code"),
+    [
+        (b'\n{"a": }, {"b": 2}]', 2, "data.array_broken"),
+        (b'\n{"a": 1} {"b": 2}]', 2, "data.array_broken"),
+        (b'\n{"a":\n "abc', 3, "data.array_broken"),
+        (b"\n", 2, "data.array_broken"),
+        (b"\n]", 2, "data.array_broken"),
+        (b'\n{"a": 1}]\n\n{"b": 2}', 4, "data.array_broken"),
+        (b'\n{"a": 1}\n', 3, "data.array_broken"),
+        (b"\n" + b"[" * 100_000, 2, "data.array_row_too_deep"),
+    ],
+)
+def test_a_broken_array_keeps_what_stood_before_and_names_the_line_where_it_breaks(rest, line, code):
+    results = outcomes(b'[{"a": 0},' + rest)
+    assert results[0] == (1, 0, "ok")
+    assert results[-1] == (line, len(results) - 1, code)
+    assert [result[2] for result in results].count("ok") == len(results) - 1
+
+
+def test_a_broken_array_is_known_as_broken_without_reading_the_file_to_its_end():
+    num_read = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal num_read
+        yield b'[{"a": 1}, {"a" 2},' + b" " * 100_000
+        while True:
+            num_read += 1
+            yield b'{"a": 3},' * 10_000
+
+    rows = list(read_rows(chunks()))
+    assert [type(row) for row in rows] == [Row, RefusedRow]
+    assert num_read == 0
+
+
+def test_a_line_over_the_limit_is_refused_with_its_size_and_never_held():
+    limit = 100_000
+    held: list[int] = []
+
+    class Piece(bytes):
+        """Counts how many pieces live at once."""
+
+        def __init__(self, *_: object) -> None:
+            held.append(1)
+
+        def __del__(self) -> None:
+            held.pop()
+
+        def split(self, *arguments):  # type: ignore[override]
+            return [self] if b"\n" not in self else super().split(*arguments)
+
+    most = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal most
+        yield b'{"a": 1}\n{"a": "'
+        for _ in range(1000):
+            most = max(most, len(held))
+            yield Piece(b"x" * 10_000)
+        yield b'"}\n{"a": 2}\n'
+
+    rows = list(read_rows(chunks(), max_row_bytes=limit))
+    assert [row.line for row in rows] == [1, 2, 3]
+    refused = rows[1]
+    assert isinstance(refused, RefusedRow)
+    assert refused.error.parameters == {"size": 10_000_009, "limit": limit}
+    assert "10,000,009 bytes" in str(refused)
+    assert 0 < most <= limit // 10_000 + 2
+
+
+def test_an_element_over_the_limit_is_refused():
+    long = b'{"a": "' + b"x" * 500 + b'"}'
+    assert outcomes(b'[{"a": 1},\n' + long + b"]", max_row_bytes=400)[0] == (1, 0, "ok")
+    cut_short = list(read_rows(cut(b'[{"a": 1},\n' + long + b' ,{"a": 2}]', 70_000), max_row_bytes=400))
+    assert [type(row) for row in cut_short] == [Row, RefusedRow, Row]
+
+    def endless() -> Iterator[bytes]:
+        yield b'[{"a": 1}, {"a": "'
+        while True:
+            yield b"x" * 1000
+
+    rows = list(read_rows(endless(), max_row_bytes=200_000))
+    assert [type(row) for row in rows] == [Row, RefusedRow]
+    assert rows[1].error.code == "data.array_row_too_long"
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [(b"PAR1\x15", "Parquet"), (b"\x1f\x8b\x08", "gzip"), (b"PK\x03\x04", "zip"), (b"ARROW1\x00", "Arrow")],
+)
+def test_a_kind_that_is_not_built_is_refused_by_name(start, kind):
+    with pytest.raises(UserError, match=f"{kind} files are not read yet") as caught:
+        detect_kind(start)
+    assert caught.value.code == "data.kind_not_built"
+
+
+@pytest.mark.parametrize("start", [b"instruction,output\nhello,world\n", b"\xff\xfe{\x00", b"\x89PNG"])
+def test_what_is_neither_json_nor_jsonl_is_refused_with_how_it_begins(start):
+    with pytest.raises(UserError, match="CSV is not built yet") as caught:
+        list(read_rows([start]))
+    assert caught.value.code == "data.kind_unknown"
+
+
+def test_a_bad_first_line_is_one_bad_row():
+    assert detect_kind(b'oops\n{"a": 1}\n') == "jsonl"
+    assert outcomes(b'oops\n{"a": 1}\n') == [(1, 0, "data.row_broken"), (2, 1, "ok")]
+
+
+def test_the_kind_is_seen_behind_mark_and_space():
+    assert detect_kind(b'\xef\xbb\xbf \n [{"a": 1}]') == "json"
+    assert detect_kind(b'\xef\xbb\xbf{"a": 1}') == "jsonl"

@@ -116,14 +116,13 @@ def _hosts_able_to_run(job: QueuedJob, hosts: Sequence[HostOffer]) -> list[HostO
         return Reason("wait.no_host", {})
     if job.host_pinned is not None:
         return _pinned_host(job, hosts)
-    largest = max(len(host.all_devices) for host in hosts)
     rules: list[tuple[Callable[[HostOffer], bool], str, dict[str, Parameter]]] = [
         (lambda host: host.offers_model(job), "wait.no_model", {"model": job.model}),
         (lambda host: job.needs <= host.features, "wait.features", {"features": ", ".join(sorted(job.needs))}),
         (
             lambda host: job.num_devices <= len(host.all_devices),
             "wait.too_many_devices",
-            {"num_devices": job.num_devices, "largest": largest},
+            {"num_devices": job.num_devices},
         ),
         (lambda host: host.id not in job.excluded_hosts, "wait.excluded", {}),
         (lambda host: host.accepts, "wait.no_host_accepts", {}),
@@ -132,7 +131,8 @@ def _hosts_able_to_run(job: QueuedJob, hosts: Sequence[HostOffer]) -> list[HostO
     for obeys, code, parameters in rules:
         obeying = [host for host in able if obeys(host)]
         if not obeying:
-            return Reason(code, {"hosts": _names(able), **parameters})
+            largest = max(len(host.all_devices) for host in able)
+            return Reason(code, {"hosts": _names(able), "largest": largest, **parameters})
         able = obeying
     return able
 

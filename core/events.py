@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError
 
-Reason = Literal[
+from core.errors import TEXTS, Reason, Translate
+
+FailureReason = Literal[
     "oom", "nan", "bad_spec", "bad_data", "disk_full", "killed", "hang", "lost", "preempted", "stopped", "internal"
 ]
 Level = Literal["debug", "info", "warning", "error"]
@@ -35,13 +37,19 @@ class Phase(BaseEvent):
 
 
 class Choice(BaseModel):
-    """A value that `auto` became, or that was derived, and why."""
+    """A value that `auto` became, or that was derived, and why: a code of the catalogue with its parameters, so that
+    a page can say it in its reader's language."""
 
     model_config = ConfigDict(frozen=True)
 
     field: str
     value: str | int | float | bool | None
-    reason: str
+    code: str
+    parameters: dict[str, str | int | float] = {}
+
+    def text(self, translate: Translate = str) -> str:
+        """A code of a newer release, which this one's catalogue lacks, is shown as it is."""
+        return Reason(self.code, self.parameters).text(translate) if self.code in TEXTS else self.code
 
 
 class Plan(BaseEvent):
@@ -140,7 +148,7 @@ class Warning(BaseEvent):
 
 class Failure(BaseEvent):
     kind: Literal["failure"] = "failure"
-    reason: Reason
+    reason: FailureReason
     text: str
     remedy: str = ""
 
@@ -219,13 +227,13 @@ __all__ = [
     "Eval",
     "Event",
     "Failure",
+    "FailureReason",
     "Gpu",
     "Level",
     "Log",
     "Phase",
     "Plan",
     "RawEvent",
-    "Reason",
     "Sample",
     "Step",
     "ValidationError",

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from core.events import Reason
+from core.events import FailureReason
 from core.profile import DataProfile, ModelProfile
 from core.states import Outcome
 
@@ -185,7 +185,7 @@ class Artifact(Message):
 class Finish(Message):
     fence: int
     outcome: Outcome
-    reason: Reason | None = None
+    reason: FailureReason | None = None
     exit_code: int | None = None
     text: str = ""
     remedy: str = ""

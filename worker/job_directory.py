@@ -23,10 +23,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from core.events import Reason
+from core.events import FailureReason
 from core.states import Outcome
 
-EXIT_CODES: dict[Reason, int] = {
+EXIT_CODES: dict[FailureReason, int] = {
     "bad_spec": 65,
     "bad_data": 66,
     "internal": 70,
@@ -60,7 +60,7 @@ class Inputs(File):
 
 class OutcomeFile(File):
     code: int
-    reason: Reason | None = None
+    reason: FailureReason | None = None
     text: str = ""
     remedy: str = ""
 
@@ -68,7 +68,7 @@ class OutcomeFile(File):
 class ExitFile(File):
     outcome: Outcome
     exit_code: int | None
-    reason: Reason | None = None
+    reason: FailureReason | None = None
     text: str = ""
     remedy: str = ""
     final_seq: int = 0

@@ -1,0 +1,62 @@
+"""What the spec can say and this release does not run yet: refused at once, with what to choose instead.
+
+Each line goes when the feature comes; an empty table means that this file can go too.
+"""
+
+from collections.abc import Callable, Iterator
+
+from core.errors import N_, UserError, UserErrors
+from core.spec import JobSpec
+
+# field, value that asks for it (None: anything but what is built), what to do instead
+_UNBUILT: tuple[tuple[str, Callable[[JobSpec], object], frozenset[object], str], ...] = (
+    ("packing.mode", lambda s: s.packing.mode, frozenset({"padding_free", "grouped"}), N_("choose packed or padded")),
+    (
+        "packing.algorithm",
+        lambda s: s.packing.algorithm,
+        frozenset({"wrapped", "sequential"}),
+        N_("choose best_fit"),
+    ),
+    (
+        "data.overlong",
+        lambda s: s.data.overlong,
+        frozenset({"truncate", "split"}),
+        N_("choose drop, or leave it empty"),
+    ),
+    ("method.type", lambda s: s.method.type, frozenset({"qlora"}), N_("choose lora or full")),
+    ("model.source", lambda s: s.model.source, frozenset({"huggingface", "modelscope"}), N_("use a local model")),
+    ("parallel.zero_stage", lambda s: s.parallel.zero_stage, frozenset({1, 2, 3}), N_("choose auto or 0")),
+    (
+        "parallel.offload",
+        lambda s: s.parallel.offload,
+        frozenset({"optimizer", "optimizer_and_params"}),
+        N_("choose auto or none"),
+    ),
+    ("schedule.decay", lambda s: s.schedule.decay, frozenset({"wsd", "inverse_sqrt"}), N_("choose cosine or linear")),
+    (
+        "optimizer.name",
+        lambda s: s.optimizer.name,
+        frozenset({"adamw_8bit", "paged_adamw_8bit"}),
+        N_("choose adamw"),
+    ),
+    ("compute.dtype", lambda s: s.compute.dtype, frozenset({"fp16"}), N_("choose bf16, fp32 or auto")),
+    ("compute.attention", lambda s: s.compute.attention, frozenset({"flex"}), N_("choose auto, flash, sdpa or eager")),
+    ("compute.compile", lambda s: s.compute.compile, frozenset({True}), N_("set it to false")),
+)
+
+
+def unbuilt(spec: JobSpec) -> Iterator[UserError]:
+    """One UserError for each thing that the spec asks for and this release lacks."""
+    for field, value_of, lacking, remedy in _UNBUILT:
+        value = value_of(spec)
+        if value in lacking:
+            yield UserError("spec.not_built", field, value=str(value).lower(), remedy=remedy)
+    if spec.parallel.devices > 1:
+        yield UserError("spec.not_built", "parallel.devices", value=spec.parallel.devices, remedy=N_("set it to 1"))
+
+
+def refuse_unbuilt(spec: JobSpec) -> None:
+    """Raises UserErrors naming all that this release lacks."""
+    faults = list(unbuilt(spec))
+    if faults:
+        raise UserErrors(faults)

@@ -20,7 +20,7 @@ again. The preview in the form, the report and the trainer call these same funct
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -429,30 +429,27 @@ class StepLayout:
 
 
 def lay_out(step: Step, lengths: IntArray, settings: PlanSettings) -> StepLayout:
-    """Rows, micro-batches and ranks for one step.
-
-    Packed by samples or tokens, the step's own samples are packed, into as few rows as best fit needs and then as many
-    as keep all ranks busy: splitting a row costs nothing, for attention never crossed its samples. Rows are dealt so
-    that ranks get equally many and the work, which grows with the square of a sample's length, is even.
-    """
+    """Rows, micro-batches and ranks for one step. Packed by samples or tokens, the step's own samples are packed."""
     length_of = dict(zip(step.sample_ids, lengths[np.array(step.sample_ids)].tolist(), strict=True))
     if settings.mode == "padded":
         per_rank = _in_turn([(sample,) for sample in step.sample_ids], settings)
+    elif step.rows is not None:
+        per_rank = _deal_evenly(step.rows, length_of, settings.num_ranks, -(-len(step.rows) // settings.num_ranks))
     else:
-        rows = step.rows if step.rows is not None else _pack_step(step.sample_ids, lengths, length_of, settings)
-        per_rank = _deal_rows(rows, length_of, settings.num_ranks)
+        per_rank = _pack_over_ranks(step.sample_ids, length_of, settings)
+    if settings.mode == "packed":  # rows of like width share a micro-batch
+        per_rank = [sorted(rows, key=lambda row: -_tokens(row, length_of)) for rows in per_rank]
     size = settings.micro_batch_size
     cut = [[tuple(rows[at : at + size]) for at in range(0, len(rows), size)] for rows in per_rank]
     num_micro_batches = max(len(micro_batches) for micro_batches in cut)
     dummy: MicroBatch = ((),)
     ranks = tuple(tuple(passes + [dummy] * (num_micro_batches - len(passes))) for passes in cut)
     slots = sum(
-        len(micro_batch) * max(sum(length_of[sample] for sample in row) or DUMMY_WIDTH for row in micro_batch)
+        len(micro_batch) * max(_tokens(row, length_of) if row else DUMMY_WIDTH for row in micro_batch)
         for micro_batches in ranks
         for micro_batch in micro_batches
     )
-    tokens = sum(length_of[sample] for sample in step.sample_ids)
-    return StepLayout(ranks, tokens, slots, sum(len(rows) for rows in per_rank))
+    return StepLayout(ranks, _tokens(step.sample_ids, length_of), slots, sum(len(rows) for rows in per_rank))
 
 
 def _in_turn(rows: Sequence[Row], settings: PlanSettings) -> list[list[Row]]:
@@ -464,39 +461,58 @@ def _in_turn(rows: Sequence[Row], settings: PlanSettings) -> list[list[Row]]:
     return per_rank
 
 
-def _pack_step(
-    sample_ids: tuple[int, ...], lengths: IntArray, length_of: dict[int, int], settings: PlanSettings
-) -> list[Row]:
-    packs = best_fit(lengths[np.array(sample_ids)], settings.row_length)
-    rows = [tuple(sample_ids[position] for position in pack.tolist()) for pack in packs]
-    while len(rows) % settings.num_ranks:
-        splittable = [row for row in rows if len(row) > 1]
-        if not splittable:
-            break
-        heaviest = max(splittable, key=lambda row: _work(row, length_of))
-        rows.remove(heaviest)
-        halves: tuple[list[int], list[int]] = ([], [])
-        for sample in heaviest:  # longest first, each to the lighter half
-            min(halves, key=lambda half: _work(half, length_of)).append(sample)
-        rows += [tuple(half) for half in halves]
-    return rows
+def _pack_over_ranks(
+    sample_ids: Sequence[int], length_of: Mapping[int, int], settings: PlanSettings
+) -> list[list[Row]]:
+    """As few rows a rank as packing the whole step needs. Samples are dealt by their work and packed rank by rank;
+    where that takes a row more, whole rows are dealt. Then the heaviest rows are split until all ranks have equally
+    many: that costs nothing, for attention never crossed their samples, and a dummy row would."""
+    num_ranks = settings.num_ranks
+    rows = _pack_rows(sample_ids, length_of, settings.row_length)
+    if num_ranks == 1:
+        return [rows]
+    fewest = -(-len(rows) // num_ranks)
+    dealt = _deal_evenly([(sample,) for sample in sample_ids], length_of, num_ranks, len(sample_ids))
+    per_rank = [_pack_rows([sample for (sample,) in part], length_of, settings.row_length) for part in dealt]
+    if max(len(part) for part in per_rank) > fewest:
+        per_rank = _deal_evenly(rows, length_of, num_ranks, fewest)
+    most = max(len(part) for part in per_rank)
+    return [_split_rows(part, most, length_of) for part in per_rank]
 
 
-def _work(row: Iterable[int], length_of: dict[int, int]) -> int:
-    return sum(length_of[sample] * (LINEAR_WORK_PER_TOKEN + length_of[sample]) for sample in row)
+def _pack_rows(sample_ids: Sequence[int], length_of: Mapping[int, int], row_length: int) -> list[Row]:
+    packs = best_fit(np.array([length_of[sample] for sample in sample_ids], dtype=np.int64), row_length)
+    return [tuple(sample_ids[position] for position in pack.tolist()) for pack in packs]
 
 
-def _deal_rows(rows: Sequence[Row], length_of: dict[int, int], num_ranks: int) -> list[list[Row]]:
-    """The heaviest row first, each to the rank with the least work that has room; ranks differ by one row at most.
-    Within a rank the widest come first, so that rows of one micro-batch are of like width."""
-    most = -(-len(rows) // num_ranks)
+def _deal_evenly(rows: Sequence[Row], length_of: Mapping[int, int], num_ranks: int, most_rows: int) -> list[list[Row]]:
+    """The heaviest row first, each to the rank with the least work, of those that hold fewer than `most_rows`."""
     per_rank: list[list[Row]] = [[] for _ in range(num_ranks)]
     work = [0] * num_ranks
     for row in sorted(rows, key=lambda row: -_work(row, length_of)):
-        rank = min((rank for rank in range(num_ranks) if len(per_rank[rank]) < most), key=lambda rank: work[rank])
+        rank = min((rank for rank in range(num_ranks) if len(per_rank[rank]) < most_rows), key=lambda rank: work[rank])
         per_rank[rank].append(row)
         work[rank] += _work(row, length_of)
-    return [sorted(part, key=lambda row: -sum(length_of[sample] for sample in row)) for part in per_rank]
+    return per_rank
+
+
+def _split_rows(rows: list[Row], num_rows: int, length_of: Mapping[int, int]) -> list[Row]:
+    """Halves the heaviest row until there are `num_rows`, or only rows of one sample."""
+    rows = list(rows)
+    while len(rows) < num_rows and any(len(row) > 1 for row in rows):
+        heaviest = max((row for row in rows if len(row) > 1), key=lambda row: _work(row, length_of))
+        rows.remove(heaviest)
+        halves = _deal_evenly([(sample,) for sample in heaviest], length_of, 2, len(heaviest) - 1)
+        rows += [tuple(sample for (sample,) in half) for half in halves]
+    return rows
+
+
+def _tokens(row: Row, length_of: Mapping[int, int]) -> int:
+    return sum(length_of[sample] for sample in row)
+
+
+def _work(row: Row, length_of: Mapping[int, int]) -> int:
+    return sum(length_of[sample] * (LINEAR_WORK_PER_TOKEN + length_of[sample]) for sample in row)
 
 
 # -- what it saves ---------------------------------------------------------------------------------------------------

@@ -32,6 +32,11 @@ class Settings:
         return self.url.startswith("https://")
 
     @property
+    def public_url(self) -> str:
+        """The address of our root as a browser sees it."""
+        return self.url if self.url.endswith(self.root_path) else self.url + self.root_path
+
+    @property
     def blob_dir(self) -> Path:
         return self.data_dir / "blobs"
 

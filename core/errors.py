@@ -59,11 +59,25 @@ TEXTS: dict[str, str] = {
         "give batch.rows_per_step in place of {given}, or choose packing.algorithm best_fit"
     ),
     "spec.algorithm_needs_packed": N_(
-        "packing.algorithm {algorithm} applies to packing.mode packed only, not to {mode}; leave it out or choose packed"
+        "packing.algorithm {algorithm} applies to packing.mode packed only, not to {mode}; "
+        "leave it out or choose packed"
     ),
     # -- spec: what this release does not run yet ----------------------------------------------------------------
     "spec.not_built": N_("{field} {value} is not built yet in this release; {remedy}"),
     # -- plan ----------------------------------------------------------------------------------------------------
+    "plan.above_context": N_(
+        "data.max_length {max_length} is above the model's context of {context_length} tokens; "
+        "set at most {context_length}"
+    ),
+    "plan.overlong": N_(
+        "{num_dropped} of {num_samples} samples are longer than data.max_length {max_length} and would be dropped, "
+        "with {share} of the trained tokens; raise data.max_length (the longest sample has {longest} tokens), "
+        "or set data.overlong to drop to accept it"
+    ),
+    "plan.sample_too_long_for_row": N_(
+        "data.max_length auto gives {max_length} tokens, above packing.row_length {row_length}; "
+        "raise packing.row_length, or set data.max_length"
+    ),
     "plan.sample_longer_than_row": N_(
         "a sample of {length} tokens is longer than a row of {row_length}; set packing.row_length to at least {length}"
     ),
@@ -75,6 +89,31 @@ TEXTS: dict[str, str] = {
     "warmup.ratio": N_("{ratio} of {total_steps} steps"),
     "warmup.single_step": N_("the run has a single step, so there is none to warm up on"),
     "warmup.steps": N_("as given, of {total_steps} steps"),
+    # -- auto: what it became and why ----------------------------------------------------------------------------
+    "auto.attention_cpu": N_("on a CPU, PyTorch's own flash kernel runs once for each sample: exact, O(N) memory"),
+    "auto.attention_gpu": N_("PyTorch's own flash kernel runs once for each sample: exact, O(N) memory"),
+    "auto.checkpointing_cpu": N_("on a CPU time runs out before memory, so nothing is computed twice"),
+    "auto.checkpointing_gpu": N_("on a GPU memory runs out first; costs about a third more compute"),
+    "auto.dtype_cpu": N_("a CPU computes fp32 best"),
+    "auto.dtype_gpu": N_("{device} computes bf16"),
+    "auto.dtype_old_gpu": N_("{device} has no bf16"),
+    "auto.evaluation": N_("{times} times an epoch of {steps_per_epoch} steps, and after the last step"),
+    "auto.learning_rate_adapter": N_("adapters on a model of {size} B parameters: 2e-4 up to 13 B, 1e-4 above"),
+    "auto.learning_rate_full": N_(
+        "every weight of a model of {size} B parameters: 2e-5 up to 3 B, 1e-5 to 8 B, falling to 2e-6 at 70 B"
+    ),
+    "auto.max_length": N_(
+        "the shortest, in multiples of 64, that loses at most 0.5 % of the trained tokens; "
+        "the longest sample has {longest}"
+    ),
+    "auto.max_length_context": N_("the model's context of {context_length} tokens, although some samples are longer"),
+    "auto.max_length_row": N_("a row's capacity, packing.row_length {row_length}"),
+    "auto.offload": N_("one device, and nothing that has to leave it"),
+    "auto.row_length": N_("the same as data.max_length"),
+    "auto.validation": N_("{held_out} of {num_rows} rows are held out: 2 %, at least 50, at most 500"),
+    "auto.validation_given": N_("{held_out} of {num_rows} rows are held out, as given"),
+    "auto.validation_none": N_("{num_rows} rows are fewer than 500, so none is held out"),
+    "auto.zero_one_device": N_("with one device there is nothing to shard over"),
     # -- wait: why a queued job does not run yet -----------------------------------------------------------------
     "wait.cpu_slot": N_("waits for a free device: {busy} of {total} CPU slots on {host} are busy"),
     "wait.cpu_slots": N_("waits for {num_devices} free devices: {busy} of {total} CPU slots on {host} are busy"),
@@ -146,6 +185,32 @@ TEXTS: dict[str, str] = {
         "the model has no chat template, which conversations need; set model.chat_template to chatml"
     ),
     "chat.template_refused": N_("the chat template refuses this conversation: {problem}"),
+    # -- app: who calls ------------------------------------------------------------------------------------------
+    "auth.bad_token": N_("this token is unknown or revoked; an administrator makes a new one"),
+    "auth.csrf": N_("the page's security token is missing or old; reload the page and try again"),
+    "auth.forbidden": N_("the role {role} may not do this; ask an administrator"),
+    "auth.foreign_origin": N_("this request was made by a page of another site, so it is refused"),
+    "auth.password_common": N_("this password is among the first that are guessed; choose another"),
+    "auth.password_long": N_("this password has {length} characters; at most {limit} are allowed"),
+    "auth.password_short": N_("this password has {length} characters; at least {limit} are needed"),
+    "auth.role": N_("{role} is no role; it is one of {roles}"),
+    "auth.session_only": N_("only a person who is logged in can do this, not a token"),
+    "auth.token_name": N_("a token needs a name that tells what it is for"),
+    "auth.too_many_tries": N_("too many tries; wait {seconds} s"),
+    "auth.who": N_("log in, or send a token as Authorization: Bearer"),
+    "auth.wrong": N_("name or password is wrong"),
+    "auth.wrong_current": N_("this is not the current password"),
+    # -- app: requests -------------------------------------------------------------------------------------------
+    "app.internal": N_("the server failed; its log says why under the request id {request_id}"),
+    "app.not_found": N_("there is no {thing} {name}"),
+    "request.invalid": N_("{problem}"),
+    "request.method": N_("{method} is not a method of {path}"),
+    "request.no_route": N_("there is nothing at {path}"),
+    "request.not_json": N_("the body is not valid JSON: {problem}"),
+    "request.unknown_key": N_("{key} is not a key of this request"),
+    "upload.disk_full": N_("the server's disk is full; nothing was stored. Free some space and upload again"),
+    "upload.other_bytes": N_("the bytes received have the sha256 {found}, not {expected}; upload again"),
+    "upload.too_large": N_("the body is larger than {limit:,} bytes, which is the most that is taken here"),
 }
 
 

@@ -1,0 +1,32 @@
+"""Who may do what: see admission.py for the rule, sessions.py and tokens.py for what a caller shows."""
+
+from app.auth.admission import (
+    Admin,
+    AnyCaller,
+    Member,
+    Worker,
+    admit,
+    caller_or_nobody,
+    get_caller,
+    needs,
+)
+from app.auth.caller import Caller, Role
+from app.auth.sessions import ensure_first_user, mint_login_link
+from app.auth.tokens import create_token, revoke_token
+
+__all__ = [
+    "Admin",
+    "AnyCaller",
+    "Caller",
+    "Member",
+    "Role",
+    "Worker",
+    "admit",
+    "caller_or_nobody",
+    "create_token",
+    "ensure_first_user",
+    "get_caller",
+    "mint_login_link",
+    "needs",
+    "revoke_token",
+]

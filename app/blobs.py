@@ -1,0 +1,122 @@
+"""Files by their content: `blobs/ab/abcd...`, the name being the sha256 of the bytes.
+
+No path is ever built from what a person wrote. A file appears under its name only when it is whole and on disk:
+streamed into `incoming/` while it is hashed, synced, renamed, the folder synced. What a killed process leaves in
+`incoming/` is removed at the next start. Two uploads of the same bytes meet at the rename and are one file."""
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import AsyncIterable, Iterator
+from dataclasses import dataclass
+from io import BufferedWriter
+from pathlib import Path
+
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse
+from sqlalchemy.dialects.sqlite import insert
+from sqlmodel import Session, col
+
+from app.problems import Problem
+from app.tables import Blob
+from core.errors import UserError
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+WRITE_BYTES = 2**20  # gathered before a thread is asked to write and hash them
+READ_BYTES = 2**20
+DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@dataclass(frozen=True)
+class StoredBlob:
+    sha256: str
+    bytes: int
+
+
+class BlobStore:
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._incoming = root / "incoming"
+        self._incoming.mkdir(parents=True, exist_ok=True)
+
+    def path(self, sha256: str) -> Path:
+        assert SHA256.fullmatch(sha256), sha256
+        return self._root / sha256[:2] / sha256
+
+    def has(self, sha256: str) -> bool:
+        return self.path(sha256).is_file()
+
+    def remove_unfinished(self) -> None:
+        """At the start of the one web process, when nobody else can be writing."""
+        for path in self._incoming.iterdir():
+            path.unlink(missing_ok=True)
+
+    async def receive(
+        self, chunks: AsyncIterable[bytes], *, max_bytes: int, expected_sha256: str | None = None
+    ) -> StoredBlob:
+        """Stores a body of unknown length without holding it. Raises Problem: 413 over `max_bytes`, 507 when the disk
+        is full, 422 when the bytes are not those that were announced."""
+        temporary = self._incoming / secrets.token_hex(16)
+        hasher, num_bytes = hashlib.sha256(), 0
+        try:
+            with temporary.open("xb") as file:
+
+                def write(data: bytes) -> None:
+                    hasher.update(data)
+                    file.write(data)
+
+                gathered = bytearray()
+                async for chunk in chunks:
+                    num_bytes += len(chunk)
+                    if num_bytes > max_bytes:
+                        raise Problem(413, UserError("upload.too_large", limit=max_bytes))
+                    gathered += chunk
+                    if len(gathered) >= WRITE_BYTES:
+                        await run_in_threadpool(write, bytes(gathered))
+                        gathered.clear()
+                await run_in_threadpool(write, bytes(gathered))
+                stored = StoredBlob(hasher.hexdigest(), num_bytes)
+                if expected_sha256 is not None and stored.sha256 != expected_sha256:
+                    raise Problem(422, UserError("upload.other_bytes", expected=expected_sha256, found=stored.sha256))
+                await run_in_threadpool(_publish, file, self.path(stored.sha256))
+        except OSError as error:
+            if error.errno in DISK_IS_FULL:
+                raise Problem(507, UserError("upload.disk_full")) from error
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+        return stored
+
+    def read(self, sha256: str) -> Iterator[bytes]:
+        with self.path(sha256).open("rb") as file:
+            while chunk := file.read(READ_BYTES):
+                yield chunk
+
+    def delete(self, sha256: str) -> None:
+        self.path(sha256).unlink(missing_ok=True)
+
+    def response(self, sha256: str, *, filename: str, media_type: str = "application/octet-stream") -> FileResponse:
+        """The file as a download; a Range is honoured, and the ETag names the content."""
+        return FileResponse(
+            self.path(sha256), media_type=media_type, filename=filename, headers={"ETag": f'"{sha256}"'}
+        )
+
+
+def record_blob(session: Session, stored: StoredBlob, now: float) -> None:
+    """Writes the row of a stored file, in the transaction that first refers to it."""
+    row = {"sha256": stored.sha256, "bytes": stored.bytes, "created_at": now}
+    session.execute(insert(Blob).values(row).on_conflict_do_nothing(index_elements=[col(Blob.sha256)]))
+
+
+def _publish(file: BufferedWriter, target: Path) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    target.parent.mkdir(exist_ok=True)
+    Path(file.name).rename(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

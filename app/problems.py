@@ -1,0 +1,157 @@
+"""Every error leaves as RFC 9457 `application/problem+json`, or as a page where a person is looking at one.
+
+The body also carries OpenAI's `error` member, so that their clients show our sentence. What the service did wrong is
+logged whole under the request's id; the reply names the id and nothing else: no trace, no path, no SQL."""
+
+import http
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from jinja2 import TemplateNotFound
+from starlette.exceptions import HTTPException
+
+from core.errors import UserError, UserErrors
+
+log = logging.getLogger(__name__)
+
+PROBLEM_JSON = "application/problem+json"
+# These paths are called by programs; everything else is a page.
+API_PREFIXES = ("/api/", "/v1/", "/worker/", "/metrics", "/healthz", "/readyz")
+
+# A UserError of these codes is no fault of the input's content, so it isn't 422.
+FAULT_STATUS = 422
+
+
+class Problem(Exception):
+    """A refusal with a status of its own (404, 409, ...); its sentence is a UserError's."""
+
+    def __init__(self, status: int, error: UserError | UserErrors, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(status, error)
+        self.status = status
+        self.error = error
+        self.headers = dict(headers or {})
+
+
+def not_found(thing: str, name: str) -> Problem:
+    return Problem(404, UserError("app.not_found", "", thing=thing, name=name))
+
+
+def is_api(request: Request) -> bool:
+    return request.url.path.removeprefix(request.scope.get("root_path", "")).startswith(API_PREFIXES)
+
+
+def problem_body(status: int, detail: str, errors: Sequence[UserError], request_id: str) -> dict[str, Any]:
+    code = errors[0].code if errors else f"http.{status}"
+    body: dict[str, Any] = {
+        "type": "about:blank",
+        "title": http.HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "request_id": request_id,
+        "errors": [
+            {"pointer": _pointer(error.field), "code": error.code, "detail": error.text()} | _fix(error)
+            for error in errors
+        ],
+        "error": {
+            "message": detail,
+            "type": "server_error" if status >= 500 else "invalid_request_error",
+            "param": errors[0].field or None if errors else None,
+            "code": code,
+        },
+    }
+    return body
+
+
+def _pointer(field: str) -> str:
+    """`data.train.0.dataset` -> `/data/train/0/dataset` (RFC 6901); "" is the whole."""
+    return "".join(f"/{part.replace('~', '~0').replace('/', '~1')}" for part in field.split(".")) if field else ""
+
+
+def _fix(error: UserError) -> dict[str, str]:
+    suggestion = error.parameters.get("suggestion")
+    return {"fix": str(suggestion)} if suggestion is not None else {}
+
+
+def respond(
+    request: Request,
+    status: int,
+    errors: Sequence[UserError],
+    headers: Mapping[str, str] | None = None,
+    detail: str = "",
+) -> Response:
+    request_id = str(request.scope.get("request_id", ""))
+    detail = detail or "; ".join(_sentence(error) for error in errors)
+    if is_api(request):
+        body = problem_body(status, detail, errors, request_id)
+        return JSONResponse(body, status_code=status, headers=dict(headers or {}), media_type=PROBLEM_JSON)
+    context = {
+        "status": status,
+        "title": http.HTTPStatus(status).phrase,
+        "detail": detail,
+        "errors": errors,
+        "request_id": request_id,
+    }
+    try:
+        response: Response = request.app.state.services.templates.TemplateResponse(
+            request, "error.html", context, status_code=status, headers=dict(headers or {})
+        )
+    except TemplateNotFound:
+        response = HTMLResponse(f"<!doctype html><title>{status}</title><h1>{status}</h1>", status, dict(headers or {}))
+    return response
+
+
+def _sentence(error: UserError) -> str:
+    return f"{error.field}: {error.text()}" if error.field else error.text()
+
+
+def _validation_faults(error: RequestValidationError) -> Iterator[UserError]:
+    for detail in error.errors():
+        where = [str(part) for part in detail["loc"] if part != "body"]
+        if detail["type"] == "json_invalid":
+            yield UserError("request.not_json", "", problem=str(detail.get("ctx", {}).get("error", detail["msg"])))
+        elif detail["type"] == "extra_forbidden":
+            yield UserError("request.unknown_key", ".".join(where), key=where[-1])
+        else:
+            yield UserError("request.invalid", ".".join(where), problem=str(detail["msg"]))
+
+
+def install_problems(app: FastAPI) -> None:
+    async def on_problem(request: Request, problem: Exception) -> Response:
+        assert isinstance(problem, Problem)
+        return respond(request, problem.status, problem.error.errors, problem.headers)
+
+    async def on_user_fault(request: Request, fault: Exception) -> Response:
+        assert isinstance(fault, UserError | UserErrors)
+        return respond(request, FAULT_STATUS, fault.errors)
+
+    async def on_validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        faults = list(_validation_faults(error))
+        return respond(request, 400 if faults[0].code == "request.not_json" else FAULT_STATUS, faults)
+
+    async def on_http(request: Request, error: Exception) -> Response:
+        """What the framework refuses by itself: no such route, a method that a route doesn't have."""
+        assert isinstance(error, HTTPException)
+        codes = {404: "request.no_route", 405: "request.method"}
+        faults = (
+            [UserError(codes[error.status_code], "", method=request.method, path=request.url.path)]
+            if error.status_code in codes
+            else []
+        )
+        return respond(request, error.status_code, faults, error.headers, "" if faults else str(error.detail))
+
+    async def on_crash(request: Request, error: Exception) -> Response:
+        request_id = str(request.scope.get("request_id", ""))
+        log.error("request %s %s %s failed", request_id, request.method, request.url.path, exc_info=error)
+        return respond(request, 500, [UserError("app.internal", "", request_id=request_id)])
+
+    app.add_exception_handler(Problem, on_problem)
+    app.add_exception_handler(UserError, on_user_fault)
+    app.add_exception_handler(UserErrors, on_user_fault)
+    app.add_exception_handler(RequestValidationError, on_validation)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(Exception, on_crash)

@@ -41,9 +41,14 @@ MicroBatch = tuple[Row, ...]
 BASELINE_BATCH = 8  # samples in a batch of the padded baseline that charts compare with
 DUMMY_WIDTH = 1  # slots of the row without a trained token that a rank runs when it has nothing left to do
 
-# A token's matrix products cost 12 x hidden size times what its attention to one other token costs (per layer 24 h^2
-# against 2 h FLOPs a causal pair); 2,048 is the hidden size of a 1 B model, and the balance is not sensitive to it.
+# In a layer of hidden size h a sample of l tokens costs 24 h^2 l FLOPs in matrix products and 2 h l^2 in causal
+# attention: in proportion l (12 h + l). Work only balances ranks, so one h serves for all: that of a 1 B model.
 LINEAR_WORK_PER_TOKEN = 12 * 2048
+
+
+def as_lengths(lengths: Iterable[int]) -> IntArray:
+    """Lengths in tokens, for callers that know no numpy."""
+    return np.fromiter(lengths, dtype=np.int64)
 
 
 # -- packing a set of lengths into rows ------------------------------------------------------------------------------
@@ -175,7 +180,7 @@ def _deal(groups: list[_Group], samples: IntArray, counts: IntArray, capacity: i
 
 
 def _by_length(lengths: IntArray, capacity: int) -> IntArray:
-    """Positions sorted by length, equal ones in their order. numpy sorts 16 bits by radix, 8x faster than 64."""
+    """Positions sorted by length, equal ones in their order. numpy sorts 16 bits by radix, about 8x faster than 64."""
     return np.argsort(lengths.astype(np.uint16) if capacity <= 0xFFFF else lengths, kind="stable")
 
 
@@ -302,7 +307,7 @@ def plan_epoch(lengths: IntArray, settings: PlanSettings, seed: int, epoch: int)
 
     Raises UserError plan.sample_longer_than_row.
     """
-    assert epoch >= 1 and len(lengths) >= 1
+    assert seed >= 0 and epoch >= 1 and len(lengths) >= 1
     assert not settings.sets or sum(part.num_samples for part in settings.sets) == len(lengths)
     _refuse_longer(lengths, settings.row_length)
     bits = np.random.PCG64(np.random.SeedSequence((seed, epoch)))

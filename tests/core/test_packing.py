@@ -71,8 +71,9 @@ def test_every_sample_lies_in_one_row_and_no_row_is_over_its_capacity(lengths, c
 
 
 @given(length_lists, st.integers(CAPACITY, 5 * CAPACITY))
-def test_packing_by_histogram_needs_the_rows_of_best_fit_one_by_one(lengths, capacity):
-    assert len(best_fit(lengths, capacity)) == len(decreasing_best_fit_one_by_one(lengths, capacity))
+def test_packing_by_histogram_fills_rows_as_best_fit_does_one_by_one(lengths, capacity):
+    by_histogram = sorted(int(lengths[row].sum()) for row in best_fit(lengths, capacity))
+    assert by_histogram == sorted(sum(row) for row in decreasing_best_fit_one_by_one(lengths, capacity))
 
 
 @given(length_lists)
@@ -335,6 +336,18 @@ def test_one_packed_row_a_pass_computes_no_pad(lengths, num_ranks):
         num_samples = [sum(len(row) for micro_batch in passes for row in micro_batch) for passes in layout.ranks]
         if min(num_samples) >= len(layout.ranks[0]):
             assert num_dummies == 0, "a row is split before a rank runs an empty one"
+
+
+@pytest.mark.parametrize("batch_by", ["samples", "rows"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sample_that_comes_twice_in_a_step_is_laid_out_twice(batch_by, mode):
+    lengths = np.random.default_rng(1).integers(1, CAPACITY, 20)
+    doubled = settings(batch_by, 40, mode, num_ranks=2, sets=(SampleSet(20, 2.0),))
+    (step,) = plan_epoch(lengths, doubled, 1, 1)
+    assert max(Counter(step.sample_ids).values()) == 2
+    layout = lay_out(step, lengths, doubled)
+    assert Counter(sample for row in rows_of(layout) for sample in row) == Counter(step.sample_ids)
+    assert layout.tokens == 2 * int(lengths.sum())
 
 
 def test_packed_ranks_get_even_work_though_lengths_are_not():

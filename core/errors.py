@@ -211,6 +211,43 @@ TEXTS: dict[str, str] = {
     "upload.disk_full": N_("the server's disk is full; nothing was stored. Free some space and upload again"),
     "upload.other_bytes": N_("the bytes received have the sha256 {found}, not {expected}; upload again"),
     "upload.too_large": N_("the body is larger than {limit:,} bytes, which is the most that is taken here"),
+    # -- exit: how an attempt ended -------------------------------------------------------------------------------
+    "exit.crashed": N_("the trainer crashed with {signal}; its last output: {log}"),
+    "exit.early": N_("stopped before the trainer was ready to write a checkpoint"),
+    "exit.grace": N_(
+        "the trainer did not stop within {grace_s} s and was killed; what it learned since its newest checkpoint is lost"
+    ),
+    "exit.hang": N_("nothing was heard of the trainer for {minutes} minutes, so it was killed as hung"),
+    "exit.incomplete": N_("the trainer reported success without {missing}, so this does not count as one"),
+    "exit.killed": N_("the trainer was ended by {signal} from outside; nobody asked this job to stop"),
+    "exit.killed_by_kernel": N_(
+        "the trainer was killed while the kernel's out-of-memory killer ended {num_kills} process(es) on this host: "
+        "most likely the main memory ran out"
+    ),
+    "exit.no_directory": N_("the host knows nothing of this attempt; it ended before it began"),
+    "exit.remedy_crashed": N_("a crash in native code often comes from a driver or library; the log tells more"),
+    "exit.remedy_hang": N_("it is tried again from its newest checkpoint; look at the log if that happens twice"),
+    "exit.remedy_host_memory": N_("run fewer jobs at a time on this host, or give it more main memory"),
+    "exit.remedy_killed": N_("it is tried again from its newest checkpoint"),
+    "exit.remedy_log": N_("the last lines of the log tell more"),
+    "exit.stale": N_("another attempt of this job has taken over, so this one was ended"),
+    "exit.supervisor_died": N_("the process that watched over the trainer died, so nobody knows how the trainer ended"),
+    "exit.unexplained": N_("the trainer ended with code {code} and without a reason; its last output: {log}"),
+    # -- worker: what a host cannot do for a job -----------------------------------------------------------------
+    "worker.agent_runs": N_(
+        "a worker already runs on the data directory {folder}; stop it, or give this one another PEGBOX_DATA_DIR"
+    ),
+    "worker.data_gone": N_("the server no longer has the data set {dataset}; upload it again"),
+    "worker.data_damaged": N_("the data set {dataset} arrives damaged from the server; upload it again"),
+    "worker.inventory": N_("this host's GPUs and models could not be listed: {problem}"),
+    "worker.model_not_here": N_(
+        "this host has no model {model} below {roots}; put its folder there and restart the worker, or choose another"
+    ),
+    "worker.prepare_died": N_("reading the data with the tokenizer failed with code {code}: {log}"),
+    "worker.prepare_slow": N_(
+        "reading the data with the tokenizer took longer than {minutes} minutes and was ended; use a smaller data set"
+    ),
+    "worker.start_failed": N_("the trainer could not be started: {problem}"),
 }
 
 

@@ -181,7 +181,9 @@ def _validation_tag(value: Any) -> str | None:
         return "as none"
     if isinstance(value, Mapping):
         return "as set" if "dataset" in value else "as fraction"
-    return {ValidationFraction: "as fraction", ValidationDataset: "as set"}.get(type(value), "as auto")
+    if isinstance(value, ValidationFraction | ValidationDataset):
+        return "as set" if isinstance(value, ValidationDataset) else "as fraction"
+    return "as auto"
 
 
 AnyValidation = Annotated[
@@ -586,7 +588,7 @@ class Checkpoint(Part):
 class JobSpec(Part):
     """One fine-tune, whole. `spec_version` is stored with it; every past version still loads."""
 
-    spec_version: Literal[1] = SPEC_VERSION
+    spec_version: Literal[1] = 1
     name: Annotated[Text, Field(max_length=200)] = knob(
         "", "Name", N_("Empty: made from model, method and date."), group="Job"
     )
@@ -664,20 +666,19 @@ def spec_fields(part: type[BaseModel] = JobSpec, prefix: str = "") -> Iterator[t
     """Every knob as (dotted key, field), unions flattened, each key once; list items under `data.train`."""
     seen = set[str]()
     for name, field in part.model_fields.items():
-        parts = [found for found in _parts_of(field.annotation, field.metadata)]
+        parts = list(_parts_of(field.annotation))
         key = f"{prefix}{name}"
         if not parts or name in ("train", "validation"):
             yield key, field
         for inner in parts:
             for inner_key, inner_field in spec_fields(inner, f"{key}."):
-                first_type = inner_key.endswith(".type") and inner_key in seen
-                if inner_key in seen or first_type or inner_field.annotation is type(None):
+                if inner_key in seen or inner_field.annotation is type(None):
                     continue
                 seen.add(inner_key)
                 yield inner_key, inner_field
 
 
-def _parts_of(annotation: Any, metadata: Sequence[Any] = ()) -> Iterator[type[Part]]:
+def _parts_of(annotation: Any) -> Iterator[type[Part]]:
     if isinstance(annotation, type) and issubclass(annotation, Part):
         yield annotation
     for argument in getattr(annotation, "__args__", ()):
@@ -731,7 +732,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _fault(field: str, details: list[ErrorDetails]) -> UserError:
+def _fault(field: str, details: list[ErrorDetails]) -> UserError:  # noqa: PLR0911, PLR0912 - one case a kind of fault
     # Of a union's branches, the one that says most: a bound, then a wrong type, then "not one of".
     order = ("greater", "less", "finite", "too_", "string_too", "int_", "float_", "not_a_number")
     details = sorted(details, key=lambda d: next((i for i, name in enumerate(order) if d["type"].startswith(name)), 9))

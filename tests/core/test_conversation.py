@@ -148,6 +148,13 @@ def test_a_call_behind_the_assistants_own_text_belongs_to_its_turn():
     assert conversation.messages[2] == Message("tool", '{"found": "三"}')
 
 
+def test_calls_of_another_weight_are_a_turn_of_their_own():
+    calls = {"from": "function_call", "value": {"name": "f", "arguments": {}}, "weight": 0}
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, calls, calls]}
+    messages = parse(row).messages
+    assert [(message.weight, len(message.tool_calls)) for message in messages[1:]] == [(None, 0), (0, 2)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parsed"),
     [

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -33,7 +34,7 @@ def test_warmup_rises_in_equal_parts_to_the_peak(schedule):
 @given(schedules())
 def test_after_the_peak_the_rate_only_falls_and_stays_above_the_floor(schedule):
     rates = curve(schedule)[max(schedule.warmup_steps, 1) :]
-    assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates))
     assert min(rates) >= schedule.min_lr_ratio * schedule.peak * (1 - 1e-12)
 
 

@@ -44,6 +44,9 @@ _UNBUILT: tuple[tuple[str, Callable[[JobSpec], object], frozenset[object], str],
     ("compute.compile", lambda s: s.compute.compile, frozenset({True}), N_("set it to false")),
 )
 
+# The same for a form, which shows these choices as not yet to be had.
+UNBUILT_VALUES = {field: lacking for field, _, lacking, _ in _UNBUILT}
+
 
 def unbuilt(spec: JobSpec) -> Iterator[UserError]:
     """One UserError for each thing that the spec asks for and this release lacks."""

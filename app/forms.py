@@ -328,8 +328,8 @@ def _put_choice(spec: dict[str, Any], choice: Alternatives, state: FormState) ->
         return
     text = state.value(chosen.key).strip() if chosen.key else ""
     if choice.key == "data.validation":
-        given = {"auto": "auto", "none": None}
-        spec["data"]["validation"] = given[chosen.value] if chosen.value in given else {chosen.value: text}
+        given: dict[str, Any] = {"auto": "auto", "none": None}
+        spec["data"]["validation"] = given.get(chosen.value, {chosen.value: text})
         return
     part = spec.setdefault(choice.key.split(".")[0], {})
     if chosen.key:
@@ -343,7 +343,7 @@ def _put_choice(spec: dict[str, Any], choice: Alternatives, state: FormState) ->
 
 
 def state_of_spec(spec: Mapping[str, Any]) -> FormState:
-    """The form filled with a spec as it was written: a preset, pasted YAML, another job's. It need not be a valid one."""
+    """The form filled with a spec as it was written: a preset, pasted YAML, another job's. It may be an invalid one."""
     values: dict[str, str] = {}
     for key, control in CONTROLS.items():
         found, value = _find(spec, key)
@@ -376,12 +376,7 @@ def _find(spec: Mapping[str, Any], key: str) -> tuple[bool, Any]:
 
 def _chosen(choice: Alternatives, spec: Mapping[str, Any]) -> str:
     if choice.key == "data.validation":
-        found, value = _find(spec, "data.validation")
-        if not found or value == "auto":
-            return "auto"
-        if isinstance(value, Mapping):
-            return "dataset" if "dataset" in value else "fraction"
-        return "none"
+        return _chosen_validation(*_find(spec, "data.validation"))
     if choice.key == "batch":
         batch = spec.get("batch")
         return batch_key(batch) if isinstance(batch, Mapping) else BATCH_KEYS[0]
@@ -393,6 +388,14 @@ def _chosen(choice: Alternatives, spec: Mapping[str, Any]) -> str:
     if choice.key == "evaluation.when" and part.get("per_epoch", 2) is None:
         return "none"
     return "none" if choice.key == "schedule.warmup" else choice.options[0].value
+
+
+def _chosen_validation(is_given: bool, value: object) -> str:
+    if not is_given or value == "auto":
+        return "auto"
+    if isinstance(value, Mapping):
+        return "dataset" if "dataset" in value else "fraction"
+    return "none"
 
 
 def written_spec(spec: JobSpec) -> dict[str, Any]:

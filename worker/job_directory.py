@@ -10,8 +10,13 @@
     report.json      trainer      what was planned beside what happened
     trainer.log      supervisor   what the trainer printed
     journal.jsonl    supervisor   events and logs under the attempt's own seq
-    supervisor.json  supervisor   who it is: pid, start time, boot id
-    exit.json        supervisor   `ExitFile`, its last act; none = the supervisor died, outcome `lost`
+    supervisor.json  supervisor   who it is: attempt, fence, pid, start time, boot id; made before the claim, by a link
+                                  that fails where one exists: who made it is the attempt's only supervisor
+    supervisor.log   supervisor   what it has to say itself
+    exit.json        supervisor   `ExitFile`: how it ended, once the trainer and all it started are gone and the journal
+                                  is whole; none and a dead supervisor = outcome `lost`
+    finished.json    supervisor   the server's answer to that report, the last act; none and a dead supervisor = the host
+                                  agent sends what is missing and finishes from exit.json
 
 `pegbox train --out DIR` makes the same directory by hand. Nothing here knows torch or the network.
 """
@@ -63,6 +68,18 @@ class OutcomeFile(File):
     reason: FailureReason | None = None
     text: str = ""
     remedy: str = ""
+
+
+class PrepareOrder(File):
+    """ORDER.json of `worker.engine.prepare`; its RESULT.json is a `core.wire.ProfileResult`."""
+
+    model_path: str
+    model_name: str
+    chat_template: str | None
+    data: InputFile
+    format: str
+    train_on: str
+    multi_turn: str
 
 
 class ExitFile(File):

@@ -4,36 +4,46 @@ The body also carries OpenAI's `error` member, so that their clients show our se
 logged whole under the request's id; the reply names the id and nothing else: no trace, no path, no SQL."""
 
 import http
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from jinja2 import TemplateNotFound
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 
 from core.errors import UserError, UserErrors
-
-log = logging.getLogger(__name__)
 
 PROBLEM_JSON = "application/problem+json"
 # These paths are called by programs; everything else is a page.
 API_PREFIXES = ("/api/", "/v1/", "/worker/", "/metrics", "/healthz", "/readyz")
 
-# A UserError of these codes is no fault of the input's content, so it isn't 422.
-FAULT_STATUS = 422
-
 
 class Problem(Exception):
     """A refusal with a status of its own (404, 409, ...); its sentence is a UserError's."""
 
-    def __init__(self, status: int, error: UserError | UserErrors, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        error: UserError | UserErrors,
+        headers: Mapping[str, str] | None = None,
+        **members: str | int,  # more members of the problem's JSON, for programs
+    ) -> None:
         super().__init__(status, error)
         self.status = status
         self.error = error
         self.headers = dict(headers or {})
+        self.members = members
+
+
+class LogInFirst(Exception):
+    """A page was asked for without a session; the answer is the way to the log-in page."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self.location = location
 
 
 def not_found(thing: str, name: str) -> Problem:
@@ -41,7 +51,7 @@ def not_found(thing: str, name: str) -> Problem:
 
 
 def is_api(request: Request) -> bool:
-    return request.url.path.removeprefix(request.scope.get("root_path", "")).startswith(API_PREFIXES)
+    return get_route_path(request.scope).startswith(API_PREFIXES)
 
 
 def problem_body(status: int, detail: str, errors: Sequence[UserError], request_id: str) -> dict[str, Any]:
@@ -82,11 +92,12 @@ def respond(
     errors: Sequence[UserError],
     headers: Mapping[str, str] | None = None,
     detail: str = "",
+    members: Mapping[str, str | int] | None = None,
 ) -> Response:
     request_id = str(request.scope.get("request_id", ""))
     detail = detail or "; ".join(_sentence(error) for error in errors)
     if is_api(request):
-        body = problem_body(status, detail, errors, request_id)
+        body = problem_body(status, detail, errors, request_id) | dict(members or {})
         return JSONResponse(body, status_code=status, headers=dict(headers or {}), media_type=PROBLEM_JSON)
     context = {
         "status": status,
@@ -122,16 +133,16 @@ def _validation_faults(error: RequestValidationError) -> Iterator[UserError]:
 def install_problems(app: FastAPI) -> None:
     async def on_problem(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, Problem)
-        return respond(request, problem.status, problem.error.errors, problem.headers)
+        return respond(request, problem.status, problem.error.errors, problem.headers, members=problem.members)
 
     async def on_user_fault(request: Request, fault: Exception) -> Response:
         assert isinstance(fault, UserError | UserErrors)
-        return respond(request, FAULT_STATUS, fault.errors)
+        return respond(request, 422, fault.errors)
 
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         faults = list(_validation_faults(error))
-        return respond(request, 400 if faults[0].code == "request.not_json" else FAULT_STATUS, faults)
+        return respond(request, 400 if faults[0].code == "request.not_json" else 422, faults)
 
     async def on_http(request: Request, error: Exception) -> Response:
         """What the framework refuses by itself: no such route, a method that a route doesn't have."""
@@ -144,14 +155,13 @@ def install_problems(app: FastAPI) -> None:
         )
         return respond(request, error.status_code, faults, error.headers, "" if faults else str(error.detail))
 
-    async def on_crash(request: Request, error: Exception) -> Response:
-        request_id = str(request.scope.get("request_id", ""))
-        log.error("request %s %s %s failed", request_id, request.method, request.url.path, exc_info=error)
-        return respond(request, 500, [UserError("app.internal", "", request_id=request_id)])
+    async def on_log_in_first(request: Request, way: Exception) -> Response:
+        assert isinstance(way, LogInFirst)
+        return RedirectResponse(way.location, 303)
 
     app.add_exception_handler(Problem, on_problem)
     app.add_exception_handler(UserError, on_user_fault)
     app.add_exception_handler(UserErrors, on_user_fault)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
-    app.add_exception_handler(Exception, on_crash)
+    app.add_exception_handler(LogInFirst, on_log_in_first)

@@ -44,6 +44,7 @@ TEXTS: dict[str, str] = {
     ),
     "spec.unknown_key": N_("{key} is not a key of the job spec"),
     "spec.unknown_key_hint": N_("{key} is not a key of the job spec; did you mean {suggestion}?"),
+    "spec.file": N_("{path} cannot be read: {problem}; give the path of a spec in YAML or JSON"),
     "spec.yaml": N_("this is not valid YAML: {problem}, line {line}"),
     # -- spec: two fields ----------------------------------------------------------------------------------------
     "spec.row_shorter_than_sample": N_(
@@ -114,6 +115,37 @@ TEXTS: dict[str, str] = {
     "auto.validation_given": N_("{held_out} of {num_rows} rows are held out, as given"),
     "auto.validation_none": N_("{num_rows} rows are fewer than 500, so none is held out"),
     "auto.zero_one_device": N_("with one device there is nothing to shard over"),
+    # -- engine --------------------------------------------------------------------------------------------------
+    "engine.adapter_missing": N_(
+        "{folder} holds no adapter_config.json, so there is no adapter to start from; name the folder of a saved adapter"
+    ),
+    "engine.attention_refused": N_("{problem}; choose auto, which takes what runs on this model and says so"),
+    "engine.leak": N_(
+        "this model lets packed samples see each other (changing one moves its neighbour by {leak:.2g} of the scale "
+        "of its logits), and with batch.rows_per_step steps are made of packed rows; give batch.samples_per_step, "
+        "which then runs one sample a row, or set packing.mode to padded"
+    ),
+    "engine.no_checkpoint": N_("no checkpoint verifies: {problems}; start over, which trains from the first step"),
+    "engine.no_device": N_("the job was given {device}, which torch cannot use here ({problem}); see pegbox doctor"),
+    "engine.no_targets": N_("no layer is left for an adapter; name fewer in method.exclude_modules"),
+    "engine.other_data": N_(
+        "the checkpoint at step {step} was trained on other samples than this job's step {step} holds; "
+        "keep data, batch, packing and seed as they were, or start over"
+    ),
+    "engine.other_model": N_(
+        "the checkpoint does not fit: {problem}; keep model and method as they were, or start over"
+    ),
+    "engine.unknown_module": N_("no layer of this model is named {name}; its linear layers are {known}"),
+    # -- train: pegbox train by hand -----------------------------------------------------------------------------
+    "train.data_is_no_path": N_(
+        "{name} is not a file in {folder}; pegbox train takes the path of a JSONL or JSON file as data set"
+    ),
+    "train.foreign_directory": N_("{out} holds files that are not a fine-tune's; choose an empty or a new folder"),
+    "train.no_data_file": N_("there is no file {name} (seen from {folder}); give the path of a JSONL or JSON file"),
+    "train.no_model": N_("there is no model {name} below {looked}; give a folder with config.json and safetensors"),
+    "train.other_spec": N_(
+        "{out} was begun with another spec; choose another --out, or start it over with --fresh (its checkpoints go)"
+    ),
     # -- wait: why a queued job does not run yet -----------------------------------------------------------------
     "wait.cpu_slot": N_("waits for a free device: {busy} of {total} CPU slots on {host} are busy"),
     "wait.cpu_slots": N_("waits for {num_devices} free devices: {busy} of {total} CPU slots on {host} are busy"),
@@ -203,6 +235,10 @@ TEXTS: dict[str, str] = {
     # -- app: requests -------------------------------------------------------------------------------------------
     "app.internal": N_("the server failed; its log says why under the request id {request_id}"),
     "app.not_found": N_("there is no {thing} {name}"),
+    "app.second_web": N_(
+        "process {pid} already serves {data_dir}; stop it, or give this one another PEGBOX_DATA_DIR"
+    ),
+    "request.host": N_("this server does not answer to the name {host}; set PEGBOX_URL to the address that you use"),
     "request.invalid": N_("{problem}"),
     "request.method": N_("{method} is not a method of {path}"),
     "request.no_route": N_("there is nothing at {path}"),

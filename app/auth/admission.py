@@ -1,7 +1,7 @@
 """Nobody gets in by default.
 
 `admit` is a dependency of the whole application, so it runs before every route, also before those that somebody adds
-next year and forgets to think about. It knows the caller or turns them away; only the routes of PUBLIC_ROUTES are for
+next year and forgets to think about. It knows the caller or turns them away; only the paths of PUBLIC are for
 everybody. What a role may do follows from the method: reading needs `viewer`, changing needs `member`. A route that
 needs more says `needs("admin")`; the few changes that a viewer may make stand in VIEWER_MAY_POST.
 
@@ -9,6 +9,7 @@ A browser sends its cookie along with whatever any page asks of it, so a request
 from our own pages (Origin, Sec-Fetch-Site) and carry the session's token. A bearer token is never sent by itself, so
 these checks don't concern it."""
 
+import re
 from collections.abc import Callable
 from hmac import compare_digest
 from typing import Annotated
@@ -16,55 +17,46 @@ from urllib.parse import quote, urlsplit
 
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
+from starlette._utils import get_route_path
 
 from app.auth.caller import Caller, Role
 from app.auth.sessions import cookie_name, find_session
 from app.auth.tokens import find_token
-from app.problems import Problem, is_api
+from app.problems import LogInFirst, Problem, is_api
 from app.services import get_services
 from app.settings import Settings
 from core.errors import UserError
 from core.wire import WORKER_PREFIX
 
-PUBLIC_ROUTES = frozenset({"/login", "/login/{token}", "/healthz", "/readyz"})
-VIEWER_MAY_POST = frozenset(
-    {"/logout", "/settings/password", "/api/v1/jobs/preflight", "/jobs/preflight", "/api/v1/jobs/{job_id}/clone"}
-)
+# Matched against the path that the router matches, not a route's template, which lacks the prefix of an including one.
+PUBLIC = re.compile(r"/login(/[^/]+)?|/healthz|/readyz")
+VIEWER_MAY_POST = re.compile(r"/logout|/settings/password|(/api/v1)?/jobs/preflight|/api/v1/jobs/[^/]+/clone")
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
-class LogInFirst(Exception):
-    """A page was asked for without a session; the answer is the way to the log-in page."""
-
-    def __init__(self, location: str) -> None:
-        super().__init__(location)
-        self.location = location
-
-
 async def admit(request: Request) -> None:
-    route: str = request.scope["route"].path
-    is_public = route in PUBLIC_ROUTES
+    path = get_route_path(request.scope)
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     has_bearer = scheme.lower() == "bearer"
     if not has_bearer and request.method not in SAFE_METHODS:
         refuse_foreign_origin(request)
     caller = await _find_caller(request, credentials.strip() if has_bearer else None)
     request.state.caller = caller
-    if is_public:
+    if PUBLIC.fullmatch(path):
         return
     if caller is None:
         raise _turned_away(request, has_bearer)
     if caller.kind == "session" and request.method not in SAFE_METHODS:
         await _check_csrf(request, caller)
-    if not caller.may(_role_needed(request, route)):
+    if not caller.may(_role_needed(request.method, path)):
         raise Problem(403, UserError("auth.forbidden", "", role=caller.role))
 
 
-def _role_needed(request: Request, route: str) -> Role:
-    if route.startswith(WORKER_PREFIX):
+def _role_needed(method: str, path: str) -> Role:
+    if path.startswith(f"{WORKER_PREFIX}/"):
         return "worker"
-    return "viewer" if request.method in SAFE_METHODS or route in VIEWER_MAY_POST else "member"
+    return "viewer" if method in SAFE_METHODS or VIEWER_MAY_POST.fullmatch(path) else "member"
 
 
 async def _find_caller(request: Request, token: str | None) -> Caller | None:

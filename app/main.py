@@ -1,0 +1,85 @@
+"""The web service, put together. `uvicorn --factory app.main:create_app`, or `pegbox web`.
+
+Order at the start: the lock of the data directory, the schema, the first user, the loops; only then does the server
+answer. At the end the loops stop first, so that nothing is written by a process that has given up its lock."""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from time import time
+from typing import Protocol
+
+from fastapi import Depends, FastAPI
+from fastapi.concurrency import run_in_threadpool
+from fastapi.staticfiles import StaticFiles
+
+from app import health
+from app.auth import admit, ensure_first_user
+from app.auth.routes import router as auth_router
+from app.auth.throttle import LoginThrottle
+from app.data_dir import hold_data_dir
+from app.migration import migrate
+from app.problems import install_problems
+from app.security import Border
+from app.services import STATIC_DIR, Services, build_services
+from app.settings import Settings, load_settings
+
+log = logging.getLogger(__name__)
+
+
+class Loop(Protocol):
+    """What runs beside the requests, in a thread of its own."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None:
+        """Returns when it has stopped."""
+
+
+def create_app(settings: Settings | None = None, clock: Callable[[], float] = time) -> FastAPI:
+    services = build_services(settings or load_settings(), clock)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with hold_data_dir(services.settings.data_dir):
+            await run_in_threadpool(_prepare, services)
+            loops = _loops(services)
+            for loop in loops:
+                loop.start()
+            app.state.is_ready = True
+            yield
+            app.state.is_ready = False
+            for loop in reversed(loops):
+                await run_in_threadpool(loop.stop)
+        services.database.close()
+
+    app = FastAPI(
+        title="Pegbox",
+        lifespan=lifespan,
+        dependencies=[Depends(admit)],
+        # Served by app.health under the same rules as everything else.
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.services = services
+    app.state.throttle = LoginThrottle(services.clock)
+    app.state.is_ready = False
+    install_problems(app)
+    app.add_middleware(Border, settings=services.settings)
+    for router in (health.router, auth_router):
+        app.include_router(router)
+    app.mount("/static", StaticFiles(directory=STATIC_DIR, check_dir=False), name="static")
+    return app
+
+
+def _prepare(services: Services) -> None:
+    migrate(services.database)
+    services.blobs.remove_unfinished()
+    first = ensure_first_user(services)
+    if first is not None:
+        print(f"Log in once, within a day, at {first.login_link}", flush=True)  # noqa: T201 - for the person who starts it
+
+
+def _loops(services: Services) -> list[Loop]:
+    return []

@@ -1,0 +1,209 @@
+"""Rows of sample ids become tensors, ahead of the step that needs them.
+
+A row holds its samples side by side, each with positions from 0, and a pad tail up to the width of its micro-batch.
+The pad has positions and segments of its own, none longer than the micro-batch's longest sample, so that it stays
+within the model's context like everything else.
+
+The target of position p is the token at p + 1 of the same sample, where that token is trained; nothing is predicted
+across a border. Targets are picked here, on the CPU, so the model's head only ever sees positions that have one.
+
+Shapes: B rows, N positions of a row, T targets of a micro-batch.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from core.packing import MicroBatch
+from core.preflight import StepWork
+
+PAD_TOKEN = 0  # any token does: nothing sees it, and it has no target
+STEPS_AHEAD = 2
+
+
+class Samples(Protocol):
+    """Where tokens come from: a corpus, by global sample id."""
+
+    def sample(self, sample_id: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass. `target_index_T` counts through the flattened B x N positions; `segments` are lengths, by row.
+    `sample_of_target_T` is the place of the target's sample in the micro-batch, rows in order."""
+
+    token_ids_BN: Tensor
+    position_ids_BN: Tensor
+    segments: tuple[tuple[int, ...], ...]
+    target_index_T: Tensor
+    targets_T: Tensor
+    sample_of_target_T: Tensor
+    sample_ids: tuple[int, ...]
+
+    @property
+    def num_targets(self) -> int:
+        return self.targets_T.shape[0]
+
+    @property
+    def slots(self) -> int:
+        return self.token_ids_BN.numel()
+
+    def last_target_only(self) -> "Batch":
+        """For writing on: only the last position is asked for its next token."""
+        return replace(
+            self,
+            target_index_T=self.target_index_T[-1:],
+            targets_T=self.targets_T[-1:],
+            sample_of_target_T=self.sample_of_target_T[-1:],
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        if device.type == "cpu":
+            return self
+        moved = [
+            tensor.pin_memory().to(device, non_blocking=True)
+            for tensor in (
+                self.token_ids_BN,
+                self.position_ids_BN,
+                self.target_index_T,
+                self.targets_T,
+                self.sample_of_target_T,
+            )
+        ]
+        return Batch(moved[0], moved[1], self.segments, *moved[2:], sample_ids=self.sample_ids)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """All that one optimizer step computes. `num_targets` is the divisor of its loss, known before the first pass."""
+
+    work: StepWork
+    batches: tuple[Batch, ...]
+    num_targets: int
+
+
+def make_batch(rows: MicroBatch, samples: Samples) -> Batch:
+    """The rows of one micro-batch as tensors on the CPU."""
+    contents = [[samples.sample(sample_id) for sample_id in row] for row in rows]
+    lengths = [[len(token_ids) for token_ids, _ in row] for row in contents]
+    longest = max(length for row in lengths for length in row)
+    width = max(sum(row) for row in lengths)
+    token_ids_BN = np.full((len(rows), width), PAD_TOKEN, dtype=np.int64)
+    position_ids_BN = np.zeros((len(rows), width), dtype=np.int64)
+    segments = []
+    target_indices, targets, owners = [], [], []
+    num_samples = 0
+    for row, row_samples in enumerate(contents):
+        start = 0
+        for token_ids, trained in row_samples:
+            end = start + len(token_ids)
+            token_ids_BN[row, start:end] = token_ids
+            predicted = np.flatnonzero(trained[1:])
+            target_indices.append(row * width + start + predicted)
+            targets.append(token_ids[predicted + 1].astype(np.int64))
+            owners.append(np.full(len(predicted), num_samples))
+            num_samples += 1
+            start = end
+        pad = _pieces(width - start, longest)
+        segments.append((*lengths[row], *pad))
+        position_ids_BN[row] = np.concatenate([np.arange(length) for length in segments[-1]])
+    return Batch(
+        token_ids_BN=torch.from_numpy(token_ids_BN),
+        position_ids_BN=torch.from_numpy(position_ids_BN),
+        segments=tuple(segments),
+        target_index_T=torch.from_numpy(np.concatenate(target_indices)),
+        targets_T=torch.from_numpy(np.concatenate(targets)),
+        sample_of_target_T=torch.from_numpy(np.concatenate(owners)),
+        sample_ids=tuple(sample_id for row in rows for sample_id in row),
+    )
+
+
+def _pieces(total: int, longest: int) -> list[int]:
+    pieces = [longest] * (total // longest)
+    return [*pieces, total % longest] if total % longest else pieces
+
+
+def make_step(work: StepWork, samples: Samples) -> StepBatch:
+    """Everything of one step, for a single rank."""
+    (micro_batches,) = work.layout.ranks
+    batches = tuple(make_batch(rows, samples) for rows in micro_batches)
+    return StepBatch(work, batches, sum(batch.num_targets for batch in batches))
+
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: BaseException
+
+
+class Ahead(Generic[Item]):
+    """Runs an iterator in a thread, a few items ahead. `wait_s` is what the last `next` waited for its item."""
+
+    def __init__(self, items: Iterable[Item], num_ahead: int = STEPS_AHEAD) -> None:
+        self.wait_s = 0.0
+        self._ready: queue.Queue[Item | _Failed] = queue.Queue(num_ahead)
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(iter(items),), name="batches", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Ahead[Item]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the thread, whatever it was doing."""
+        self._is_closed.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._thread.join(timeout=0.01)
+
+    def next(self) -> Item:
+        """The next item; an error of the thread is raised here."""
+        began = time.perf_counter()
+        item = self._ready.get()
+        self.wait_s = time.perf_counter() - began
+        if isinstance(item, _Failed):
+            raise item.error
+        return item
+
+    def _fill(self, items: Iterator[Item]) -> None:
+        try:
+            for item in items:
+                self._ready.put(item)
+                if self._is_closed.is_set():
+                    return
+        except Exception as error:  # noqa: BLE001 (handed over to the training thread, which raises it)
+            self._ready.put(_Failed(error))
+
+
+def steps_from(first: int, last: int, work_of: Callable[[int], StepWork], samples: Samples) -> Iterator[StepBatch]:
+    """The batches of optimizer steps first to last."""
+    return (make_step(work_of(step), samples) for step in range(first, last + 1))
+
+
+def alone(sample_id: int, samples: Samples) -> Batch:
+    """One sample in a row of its own."""
+    return make_batch(((sample_id,),), samples)
+
+
+def of_tokens(rows: Sequence[Sequence[Sequence[int]]]) -> Batch:
+    """A batch from token ids by row and segment, all of them targets but each segment's first: for probes."""
+    contents = [np.array(segment, dtype=np.int32) for row in rows for segment in row]
+
+    class Given:
+        def sample(self, sample_id: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+            return contents[sample_id], np.arange(len(contents[sample_id])) > 0
+
+    numbers = iter(range(len(contents)))
+    return make_batch(tuple(tuple(next(numbers) for _ in row) for row in rows), Given())

@@ -22,6 +22,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from typing import Literal, NamedTuple, Protocol
 
 from core.conversation import Conversation, Parsed, PromptCompletion, RawText, to_template_messages
@@ -263,13 +264,15 @@ def _common_length(first: str, second: str) -> int:
 
 # -- text -> tokens -------------------------------------------------------------------------------------------------
 
+_start_of = itemgetter(0)
+
 
 def _finish(draft: _Draft, encoding: Encoding, tokenizer: ChatTokenizer) -> Sample:
     token_ids = list(encoding.ids)
     trained = [False] * len(token_ids)
-    starts = [start for start, _ in encoding.offsets]
     for span in draft.spans:
-        first, end = bisect_left(starts, span.start), bisect_left(starts, span.end)
+        first = bisect_left(encoding.offsets, span.start, key=_start_of)
+        end = bisect_left(encoding.offsets, span.end, key=_start_of)
         if draft.are_turns:
             end = _end_of_turn(draft, encoding, span, first, end)
         trained[first:end] = [True] * (end - first)

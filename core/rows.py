@@ -79,14 +79,23 @@ def detect_kind(first_bytes: bytes) -> FileKind:
 def read_rows(chunks: Iterable[bytes], max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Row | RefusedRow]:
     """All rows of a JSONL file or a JSON array of objects, in order. Raises UserError where the kind isn't read."""
     source = iter(chunks)
-    head = b""
-    for chunk in source:
-        head += chunk
-        if len(head) >= HEAD_BYTES:
-            break
-    kind = detect_kind(head[:HEAD_BYTES])
-    pieces = chain([head], source)
+    head: list[bytes] = []
+    num_bytes = 0
+    while num_bytes < HEAD_BYTES and (chunk := next(source, None)) is not None:
+        head.append(chunk)
+        num_bytes += len(chunk)
+    kind = detect_kind(b"".join(head)[:HEAD_BYTES])
+    pieces = _without_bom(chain(head, source))
     yield from _read_lines(pieces, max_row_bytes) if kind == "jsonl" else _read_array(pieces, max_row_bytes)
+
+
+def _without_bom(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    source = iter(chunks)
+    start = b""
+    while len(start) < len(UTF8_BOM) and (chunk := next(source, None)) is not None:
+        start += chunk
+    yield start.removeprefix(UTF8_BOM)
+    yield from source
 
 
 class _Decoder:
@@ -164,7 +173,7 @@ def _split_lines(chunks: Iterable[bytes], max_line_bytes: int) -> Iterator[_Line
     number = 1
     num_bytes = 0
     pieces: list[bytes] = []  # of the line that isn't complete yet; empty while it is over the limit
-    for chunk in _without_bom(chunks):
+    for chunk in chunks:
         *complete, rest = chunk.split(b"\n")
         for piece in complete:
             num_bytes += len(piece)
@@ -179,13 +188,6 @@ def _split_lines(chunks: Iterable[bytes], max_line_bytes: int) -> Iterator[_Line
         else:
             pieces.clear()
     yield _Line(number, num_bytes, b"".join(pieces) if num_bytes <= max_line_bytes else None)
-
-
-def _without_bom(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """`chunks`, of which the first is whole enough to hold the mark."""
-    source = iter(chunks)
-    yield next(source, b"").removeprefix(UTF8_BOM)
-    yield from source
 
 
 # -- a JSON array ---------------------------------------------------------------------------------------------------
@@ -239,7 +241,7 @@ class _Window:
 
 def _read_array(chunks: Iterable[bytes], max_row_bytes: int) -> Iterator[Row | RefusedRow]:
     decoder = _Decoder()
-    window = _Window(_without_bom(chunks))
+    window = _Window(chunks)
     opening = window.next_character()
     assert opening == "["
     window.advance(window.position + 1)

@@ -74,13 +74,16 @@ class SmallTokenizer:
                 chat_template=self.template,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=self.has_generation_marks,
+                bos_token="",
+                eos_token="<|endoftext|>",
             )
         except jinja2.TemplateError as error:
             raise UserError("chat.template_refused", problem=str(error)) from error
         return Rendering(texts[0], tuple(generated[0]) if self.has_generation_marks else ())
 
     def _encoding(self, encoded) -> Encoding:
-        special = [token in self.backend.get_added_tokens_decoder() for token in encoded.ids]
+        added = self.backend.get_added_tokens_decoder()
+        special = [token in added for token in encoded.ids]
         return Encoding(encoded.ids, encoded.offsets, special)
 
     def encode(self, text: str) -> Encoding:
@@ -136,7 +139,7 @@ DROPS_EARLIER_REASONING = LOOP.replace("PROMPT", "").replace(
 PROMPT_OPENS_REASONING = LOOP.replace("PROMPT", "<think>\n").replace("BODY", "{{ message.content }}")
 ENDS_WITH_EOS = (
     LOOP.replace("PROMPT", "").replace("BODY", "{{ message.content }}")
-    + "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}"
+    + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
 )
 COUNTS_TURNS = "{{ messages | length }} turns\n" + PLAIN
 MARKS_TWICE = LOOP.replace("PROMPT", "").replace(
@@ -314,7 +317,10 @@ def test_a_split_samples_context_is_what_is_served(template):
     conversation = talk("a", "b", "c", "d", reasoning_content="hm")
     samples = build_samples(conversation, tokenizer, train_on="assistant", multi_turn="split")
     for turn, sample in zip((1, 3), samples, strict=True):
-        served = [{"role": m.role, "content": m.content, "reasoning_content": m.reasoning_content} for m in conversation.messages]
+        served = [
+            {"role": m.role, "content": m.content, "reasoning_content": m.reasoning_content}
+            for m in conversation.messages
+        ]
         prompt = tokenizer.render(served[:turn], None, True).text
         context = tokenizer.decode(sample.token_ids[: sample.trained.index(True)])
         assert prompt.startswith(context)
@@ -437,7 +443,7 @@ def test_a_refused_conversation_stands_in_its_place_in_the_batch():
 
 
 def test_a_conversation_without_a_template_names_the_remedy():
-    with pytest.raises(UserError, match="set model.chat_template to chatml") as caught:
+    with pytest.raises(UserError, match=r"set model\.chat_template to chatml") as caught:
         build_samples(talk("a", "b"), SmallTokenizer(None), train_on="assistant", multi_turn="whole")
     assert caught.value.field == "model.chat_template"
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -265,3 +267,16 @@ def test_a_result_before_any_call_is_refused():
     row = {"messages": [QUESTION, {"role": "tool", "content": "3"}, ANSWER]}
     error = fault(row, "messages")
     assert (error.code, error.field) == ("data.result_without_call", "messages[1]")
+
+
+def test_the_messages_in_the_docs_are_the_real_ones():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]
+    for row, format in (
+        ({"instruction": "a"}, "alpaca"),
+        ({"conversations": [*turns, {"from": "gpt", "value": 12}]}, "sharegpt"),
+        ({"messages": [QUESTION]}, "messages"),
+    ):
+        assert f"`{fault(row, format)}`" in page
+    for name in ROLES:
+        assert name in page

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,11 @@ from core.errors import UserError
 from core.rows import RefusedRow, Row, detect_kind, read_rows
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=8,
 )
@@ -54,7 +59,7 @@ def test_an_array_gives_its_rows_however_the_bytes_are_cut(rows, size, as_ascii,
 
 
 @given(json_rows)
-def test_an_array_across_heads_and_windows_counts_its_lines(rows):
+def test_an_array_counts_its_lines(rows):
     content = b"[\n" + b",\n".join(json.dumps(row).encode() for row in rows) + b"\n]\n"
     assert outcomes(content) == [(number + 2, number, "ok") for number in range(len(rows))]
 
@@ -182,20 +187,27 @@ def test_a_line_over_the_limit_is_refused_with_its_size_and_never_held():
     assert 0 < most <= limit // 10_000 + 2
 
 
-def test_an_element_over_the_limit_is_refused():
-    long = b'{"a": "' + b"x" * 500 + b'"}'
-    assert outcomes(b'[{"a": 1},\n' + long + b"]", max_row_bytes=400)[0] == (1, 0, "ok")
-    cut_short = list(read_rows(cut(b'[{"a": 1},\n' + long + b' ,{"a": 2}]', 70_000), max_row_bytes=400))
-    assert [type(row) for row in cut_short] == [Row, RefusedRow, Row]
+def test_an_element_over_the_limit_that_could_be_read_is_refused_with_its_size():
+    content = b'[{"a": 1},\n{"a": "' + b"x" * 500 + b'"} ,{"a": 2}]'
+    rows = list(read_rows([content], max_row_bytes=400))
+    assert [type(row) for row in rows] == [Row, RefusedRow, Row]
+    assert rows[1].error.parameters == {"size": 509, "limit": 400}
 
-    def endless() -> Iterator[bytes]:
-        yield b'[{"a": 1}, {"a": "'
+
+def test_an_element_without_an_end_is_refused_at_the_limit_and_ends_the_reading():
+    num_read = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal num_read
+        yield b'[{"a": 1},\n{"a": "'
         while True:
+            num_read += 1
             yield b"x" * 1000
 
-    rows = list(read_rows(endless(), max_row_bytes=200_000))
+    rows = list(read_rows(chunks(), max_row_bytes=200_000))
     assert [type(row) for row in rows] == [Row, RefusedRow]
-    assert rows[1].error.code == "data.array_row_too_long"
+    assert (rows[1].line, rows[1].error.code) == (2, "data.array_row_too_long")
+    assert 200 < num_read <= 500
 
 
 @pytest.mark.parametrize(
@@ -223,3 +235,10 @@ def test_a_bad_first_line_is_one_bad_row():
 def test_the_kind_is_seen_behind_mark_and_space():
     assert detect_kind(b'\xef\xbb\xbf \n [{"a": 1}]') == "json"
     assert detect_kind(b'\xef\xbb\xbf{"a": 1}') == "jsonl"
+
+
+def test_the_messages_in_the_docs_are_the_real_ones():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    broken, no_object = read_rows([b'\n{"text": "a\n3\n'])
+    assert f"`{broken}`" in page
+    assert f"`{no_object}`" in page

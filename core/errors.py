@@ -141,10 +141,18 @@ TEXTS: dict[str, str] = {
         "{name} is not a file in {folder}; pegbox train takes the path of a JSONL or JSON file as data set"
     ),
     "train.foreign_directory": N_("{out} holds files that are not a fine-tune's; choose an empty or a new folder"),
+    "train.no_out": N_("--out is missing; name the folder for checkpoints and result"),
     "train.no_data_file": N_("there is no file {name} (seen from {folder}); give the path of a JSONL or JSON file"),
     "train.no_model": N_("there is no model {name} below {looked}; give a folder with config.json and safetensors"),
     "train.other_spec": N_(
         "{out} was begun with another spec; choose another --out, or start it over with --fresh (its checkpoints go)"
+    ),
+    # -- up: starting everything on one machine -------------------------------------------------------------------
+    "up.not_ready": N_("the web service at {url} did not become ready; see {log}"),
+    "up.port_busy": N_("port {port} on {host} is in use; choose another with --port"),
+    "worker.no_token": N_(
+        "a worker needs a token; make one on the server with pegbox tokens create --role worker, and set "
+        "PEGBOX_WORKER_TOKEN"
     ),
     # -- wait: why a queued job does not run yet -----------------------------------------------------------------
     "wait.cpu_slot": N_("waits for a free device: {busy} of {total} CPU slots on {host} are busy"),
@@ -279,7 +287,7 @@ TEXTS: dict[str, str] = {
     "worker.model_not_here": N_(
         "this host has no model {model} below {roots}; put its folder there and restart the worker, or choose another"
     ),
-    "worker.prepare_died": N_("reading the data with the tokenizer failed with code {code}: {log}"),
+    "worker.prepare_died": N_("reading the data with the tokenizer failed with code {exit_code}: {log}"),
     "worker.prepare_slow": N_(
         "reading the data with the tokenizer took longer than {minutes} minutes and was ended; use a smaller data set"
     ),

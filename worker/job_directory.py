@@ -15,8 +15,8 @@
     supervisor.log   supervisor   what it has to say itself
     exit.json        supervisor   `ExitFile`: how it ended, once the trainer and all it started are gone and the journal
                                   is whole; none and a dead supervisor = outcome `lost`
-    finished.json    supervisor   the server's answer to that report, the last act; none and a dead supervisor = the host
-                                  agent sends what is missing and finishes from exit.json
+    finished.json    supervisor   the server's answer to that report, the last act; none and a dead supervisor = the
+                                  host agent sends what is missing and finishes from exit.json
 
 `pegbox train --out DIR` makes the same directory by hand. Nothing here knows torch or the network.
 """
@@ -99,7 +99,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -1,0 +1,110 @@
+"""What a trainer needs on this host: its model's folder, its data files, where it may resume, its devices.
+
+Names are the server's, paths are ours: nothing that came over the network becomes a path without a check.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from core import wire
+from core.errors import UserError
+from core.spec import JobSpec
+from worker.blobs import WrongBytes, fetch_blob
+from worker.job_directory import InputFile, Inputs
+from worker.server import Server, Unknown
+from worker.settings import JOB_ID, WorkerSettings
+
+
+def find_model(roots: Iterable[Path], name: str) -> Path:
+    for root in roots:
+        folder = (root / name).resolve()
+        if folder.is_relative_to(root.resolve()) and (folder / "config.json").is_file():
+            return folder
+    raise UserError("worker.model_not_here", "model.base", model=name, roots=", ".join(map(str, roots)))
+
+
+def fetch_data(
+    settings: WorkerSettings,
+    server: Server,
+    file: wire.DataFile,
+    *,
+    is_unwanted: Callable[[], bool],
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+) -> InputFile:
+    try:
+        path = fetch_blob(
+            server,
+            settings.worker_dir / "blobs",
+            file,
+            is_unwanted=is_unwanted,
+            longest_back_off_s=settings.longest_back_off_s,
+            on_progress=on_progress,
+        )
+    except Unknown as error:
+        raise UserError("worker.data_gone", "data", dataset=file.dataset) from error
+    except WrongBytes as error:
+        raise UserError("worker.data_damaged", "data", dataset=file.dataset) from error
+    return InputFile(dataset=file.dataset, path=str(path), sha256=file.sha256)
+
+
+def gather_inputs(
+    settings: WorkerSettings,
+    server: Server,
+    attempt: wire.AttemptRef,
+    assignment: wire.Assignment,
+    spec: JobSpec,
+    *,
+    is_unwanted: Callable[[], bool],
+    on_progress: Callable[[int, int], None],
+) -> Inputs:
+    """Raises UserError for what this host or the server lacks; `on_progress` gets bytes done and in all."""
+    model = find_model(settings.model_roots, spec.model.base)
+    num_bytes, num_fetched = sum(file.bytes for file in assignment.data), 0
+
+    def count(new_bytes: int) -> None:
+        nonlocal num_fetched
+        num_fetched += new_bytes
+        on_progress(num_fetched, num_bytes)
+
+    data = tuple(
+        fetch_data(settings, server, file, is_unwanted=is_unwanted, on_progress=count) for file in assignment.data
+    )
+    return Inputs(
+        model_path=str(model),
+        model_name=spec.model.base,
+        data=data,
+        resume=tuple(map(str, _checkpoints(settings, attempt, assignment.resume_from))),
+        devices=assignment.devices,
+        threads=_threads_per_rank(settings),
+    )
+
+
+def _checkpoints(settings: WorkerSettings, attempt: wire.AttemptRef, jobs: Iterable[str]) -> Iterator[Path]:
+    """Finished checkpoints of the given jobs on this host, the newest attempt and step of each job first.
+
+    The trainer takes the first that verifies."""
+    this = settings.attempt_dir(attempt)
+    for job in jobs:
+        if not JOB_ID.fullmatch(job):
+            raise ValueError(f"{job!r} is not a job id")
+        attempts = (settings.worker_dir / "jobs" / job).glob("a*")
+        for folder in sorted((each for each in attempts if each != this), key=_number, reverse=True):
+            yield from sorted((folder / "checkpoints").glob("step-*"), key=_number, reverse=True)
+
+
+def _number(folder: Path) -> int:
+    digits = folder.name.removeprefix("step-").removeprefix("a")
+    return int(digits) if digits.isdigit() else -1
+
+
+def _threads_per_rank(settings: WorkerSettings) -> int:
+    """An equal share of this host's CPUs for each device, so that full hosts are not slowed down by their threads."""
+    num_cpus = len(os.sched_getaffinity(0))
+    return max(1, num_cpus // max(1, settings.num_devices or 1))
+
+
+def device_environment(devices: Iterable[str]) -> dict[str, str]:
+    """What confines a trainer to its devices: GPU numbers are those of the PCI bus, as NVML counts them."""
+    gpus = ",".join(device.removeprefix("gpu") for device in devices if device.startswith("gpu"))
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpus}

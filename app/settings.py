@@ -25,6 +25,7 @@ class Settings:
     database_url: str
     redis_url: str  # "" = no Redis: events and launches go by HTTP
     url: str  # how browsers and workers reach us
+    values: Mapping[str, str] = field(default_factory=dict, compare=False)  # by the setting's name, as text
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -72,5 +73,6 @@ def load_settings(environment: Mapping[str, str] | None = None, dotenv: Path = P
         database_url=values["PEGBOX_DATABASE_URL"] or f"sqlite:///{data_dir / 'pegbox.sqlite3'}",
         redis_url=values["PEGBOX_REDIS_URL"],
         url=(values["PEGBOX_URL"] or f"http://{host}:{port}").rstrip("/"),
+        values=values,
         sources=sources,
     )

@@ -1,0 +1,58 @@
+# `make` alone lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+# Two processes share the machine in tests; more threads than cores only fight.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test check bench messages migration lock clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: .venv/.installed static/vendor/manifest.json ## Install everything into .venv and static/vendor
+
+# torch first and pinned: an unpinned one would fetch gigabytes of CUDA on a machine without a GPU.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Pegbox needs Python 3.11 or newer; set PYTHON=python3.12, say")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[web,worker,dev]'
+	@touch $@
+
+static/vendor/manifest.json: package.json package-lock.json .venv/.installed
+	$(BIN)/python -m app.vendor
+
+demo: setup ## Train the built-in model on the built-in data, and stay up (ARGS=--exit ends after it)
+	$(BIN)/pegbox demo $(ARGS)
+
+up: setup ## Start everything on this machine (ARGS="--port 8000 --data-dir ./data")
+	$(BIN)/pegbox up $(ARGS)
+
+test: setup ## Run every test (ARGS="tests/core -k packing")
+	@$(BIN)/python -m tests.chromium
+	$(BIN)/pytest $(ARGS)
+
+check: setup ## Formatting, lints, types, the contracts between rooms
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: setup ## Run every benchmark that needs no GPU
+	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+messages: setup ## Extract all texts for translators into locale/pegbox.pot
+	$(BIN)/pybabel -q extract -F babel.cfg -k N_ -k _ -k ngettext:1,2 --no-location --omit-header -o locale/pegbox.pot .
+
+migration: setup ## Write a migration from the difference between tables and schema (ARGS="what changes")
+	$(BIN)/alembic -c migrations/alembic.ini revision --autogenerate -m "$(ARGS)"
+
+lock: setup ## Write the exact versions that are installed now to constraints.txt
+	@{ head -n 1 constraints.txt; $(BIN)/pip freeze --exclude-editable --exclude pegbox | sed 's/+cpu$$//'; } > .venv/constraints.new
+	@mv .venv/constraints.new constraints.txt && touch .venv/.installed
+
+clean: ## Remove what setup made; your data stays
+	rm -rf .venv node_modules static/vendor *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,196 @@
+"""The `pegbox` command: everything a person starts by hand. With `launch/`, where its longer commands stand, it is the
+only place that reaches all sides.
+
+Each command imports what it needs when it runs, so that `pegbox tokens create` waits for no torch and `pegbox train`
+for no web framework.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.errors import USER_FAULTS, UserError, UserErrors
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    if getattr(arguments, "data_dir", None):
+        os.environ["PEGBOX_DATA_DIR"] = str(Path(arguments.data_dir).expanduser().resolve())
+    try:
+        return int(arguments.run(arguments))
+    except USER_FAULTS as fault:
+        _print_faults(fault)
+        return 65
+    except KeyboardInterrupt:
+        return 130
+
+
+def _print_faults(fault: UserError | UserErrors) -> None:
+    for error in fault.errors:
+        print(f"{error.field}: {error.text()}" if error.field else error.text(), file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pegbox", description="Fine-tune language models on your own GPUs.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: object, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.set_defaults(run=run)
+        return added
+
+    def add_place(to: argparse.ArgumentParser, *, port: bool = True) -> None:
+        to.add_argument("--data-dir", metavar="D", help="where everything is kept (PEGBOX_DATA_DIR, ./data)")
+        if port:
+            to.add_argument("--host", help="address to listen on (PEGBOX_HOST, 127.0.0.1)")
+            to.add_argument("--port", type=int, help="port to listen on (PEGBOX_PORT, 8000)")
+
+    def add_devices(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--gpus", default="all", help="all, none, or the numbers of the GPUs to offer, as 0,1")
+        to.add_argument("--cpu-slots", type=int, help="jobs at a time on the CPU (default: 1 where there is no GPU)")
+
+    up = command("up", _up, "Start Redis (an embedded Valkey), the web service and a worker on this machine.")
+    add_place(up)
+    add_devices(up)
+
+    web = command("web", _web, "Start the web service alone.")
+    add_place(web)
+
+    worker = command("worker", _worker, "Offer this machine's GPUs to a Pegbox server.")
+    worker.add_argument("--server", help="the server's address (PEGBOX_URL)")
+    worker.add_argument("--token", help="a worker token (better: PEGBOX_WORKER_TOKEN, which no process list shows)")
+    add_place(worker, port=False)
+    add_devices(worker)
+
+    demo = command("demo", _demo, "Start everything and train the built-in model on the built-in data.")
+    add_place(demo)
+    add_devices(demo)
+    demo.add_argument("--exit", action="store_true", help="stop everything when the job has ended; 0 only on success")
+
+    train = command("train", _train, "Train on this machine without a server.")
+    train.add_argument("-f", "--file", required=True, type=Path, metavar="SPEC", help="the spec, YAML or JSON")
+    train.add_argument("--out", type=Path, metavar="DIR", help="where checkpoints and result go")
+    train.add_argument("--dry-run", action="store_true", help="print as JSON what the job would do, and train nothing")
+    train.add_argument("--fresh", action="store_true", help="start over: what DIR holds of this job is deleted")
+
+    doctor = command("doctor", _doctor, "Say what this machine has, and what is missing with its remedy.")
+    add_place(doctor)
+
+    tokens = command("tokens", None, "Make tokens for scripts and workers.")
+    create = tokens.add_subparsers(metavar="ACTION", required=True).add_parser(
+        "create", help="Make a token and print it alone on stdout; run on the server's machine."
+    )
+    create.set_defaults(run=_create_token)
+    create.add_argument("--name", required=True, help="what it is for; shown in the list of tokens")
+    create.add_argument("--role", choices=("viewer", "member", "admin", "worker"), default="member")
+    add_place(create, port=False)
+    return parser
+
+
+def _put_place_into_environment(arguments: argparse.Namespace) -> None:
+    """Command line beats environment; children read the environment."""
+    if arguments.host:
+        os.environ["PEGBOX_HOST"] = arguments.host
+    if arguments.port is not None:
+        os.environ["PEGBOX_PORT"] = str(arguments.port)
+
+
+def _web(arguments: argparse.Namespace) -> int:
+    import uvicorn
+
+    from app.settings import load_settings
+
+    _put_place_into_environment(arguments)
+    settings = load_settings()
+    uvicorn.run(
+        "app.main:create_app",
+        factory=True,
+        host=settings.host,
+        port=settings.port,
+        root_path=settings.root_path,
+        log_level="info",
+        access_log=False,
+        # Live streams never end by themselves.
+        timeout_graceful_shutdown=3,
+    )
+    return 0
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    import logging
+
+    from worker import agent
+    from worker.settings import WorkerSettings
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s worker: %(message)s")
+    if arguments.server:
+        os.environ["PEGBOX_URL"] = arguments.server
+    if arguments.token:
+        os.environ["PEGBOX_WORKER_TOKEN"] = arguments.token
+    settings = WorkerSettings.from_environment().model_copy(
+        update={"gpus": arguments.gpus, "cpu_slots": arguments.cpu_slots}
+    )
+    if not settings.token:
+        raise UserError("worker.no_token", "PEGBOX_WORKER_TOKEN")
+    return agent.run(settings)
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from launch.up import Launch
+
+    _put_place_into_environment(arguments)
+    with Launch(gpus=arguments.gpus, cpu_slots=arguments.cpu_slots) as launch:
+        launch.start()
+        print(f"Pegbox is ready at {launch.settings.url}", flush=True)
+        return launch.wait()
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from launch.demo import run_demo
+
+    _put_place_into_environment(arguments)
+    return run_demo(gpus=arguments.gpus, cpu_slots=arguments.cpu_slots, exits=arguments.exit)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from worker.by_hand import prepare_directory, print_plan, read_spec_file
+    from worker.settings import WorkerSettings
+
+    spec = read_spec_file(arguments.file)
+    model_roots = WorkerSettings.from_environment().model_roots
+    if arguments.dry_run:
+        return print_plan(spec, model_roots)
+    if arguments.out is None:
+        raise UserError("train.no_out", "--out")
+    prepared = prepare_directory(spec, arguments.out, model_roots, fresh=arguments.fresh)
+    if prepared.is_finished:
+        print(f"{arguments.out} is finished; its result is in {arguments.out / 'result'}", file=sys.stderr)
+        return 0
+    from worker.engine.train import main as train
+
+    return train(prepared.directory)
+
+
+def _create_token(arguments: argparse.Namespace) -> int:
+    from app.auth import create_token
+    from app.settings import load_settings
+    from launch.up import open_database
+
+    print(create_token(open_database(load_settings()), arguments.name, arguments.role))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from launch.doctor import report
+
+    _put_place_into_environment(arguments)
+    findings = report()
+    for finding in findings:
+        print(finding)
+    return 1 if any(finding.is_fault for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

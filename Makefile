@@ -7,7 +7,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check bench messages migration lock clean
+.PHONY: help setup demo up test check bench docs messages migration lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ check: setup ## Formatting, lints, types, the contracts between rooms
 
 bench: setup ## Run every benchmark that needs no GPU
 	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+docs: setup ## Write docs/spec.md from core/spec.py
+	$(BIN)/python -m launch.reference
 
 messages: setup ## Extract all texts for translators into locale/pegbox.pot
 	$(BIN)/pybabel -q extract -F babel.cfg -k N_ -k _ -k ngettext:1,2 --no-location --omit-header -o locale/pegbox.pot .

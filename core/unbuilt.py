@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from core.errors import N_, UserError, UserErrors
 from core.spec import JobSpec
 
-# field, value that asks for it (None: anything but what is built), what to do instead
-_UNBUILT: tuple[tuple[str, Callable[[JobSpec], object], frozenset[object], str], ...] = (
+# field, its value in a spec, values that are lacking, what to do instead
+UNBUILT: tuple[tuple[str, Callable[[JobSpec], object], frozenset[object], str], ...] = (
     ("packing.mode", lambda s: s.packing.mode, frozenset({"padding_free", "grouped"}), N_("choose packed or padded")),
     (
         "packing.algorithm",
@@ -45,12 +45,12 @@ _UNBUILT: tuple[tuple[str, Callable[[JobSpec], object], frozenset[object], str],
 )
 
 # The same for a form, which shows these choices as not yet to be had.
-UNBUILT_VALUES = {field: lacking for field, _, lacking, _ in _UNBUILT}
+UNBUILT_VALUES = {field: lacking for field, _, lacking, _ in UNBUILT}
 
 
 def unbuilt(spec: JobSpec) -> Iterator[UserError]:
     """One UserError for each thing that the spec asks for and this release lacks."""
-    for field, value_of, lacking, remedy in _UNBUILT:
+    for field, value_of, lacking, remedy in UNBUILT:
         value = value_of(spec)
         if value in lacking:
             yield UserError("spec.not_built", field, value=str(value).lower(), remedy=remedy)

@@ -6,7 +6,7 @@ at any time. Whoever calls with an old fence gets 409 and stops.
 
     worker                                     server
     POST /hosts/register      HostReport    -> Welcome            once a start, again after a 404
-    POST /hosts/{host}/beat   HostBeat      -> HostOrders         every 5 s; work and profiles that the queue may have lost
+    POST /hosts/{host}/beat   HostBeat      -> HostOrders         every 5 s; brings what the queue may have lost
     POST /attempts/{job}/{n}/claim  Claim   -> Assignment | 409   dispatching -> starting, granted once; a repeat is 200
     POST /attempts/{job}/{n}/heartbeat      -> AttemptOrders|409  every 2 s, from the supervisor
     POST /attempts/{job}/{n}/events         -> Recorded           the sure road of events; never refused for its fence
@@ -112,6 +112,7 @@ class HostBeat(Message):
     memory_used_bytes: int | None = None
     disk_free_bytes: int | None = None
     attempts: tuple[AttemptRef, ...] = ()  # whose supervisor is alive on this host
+    is_leaving: bool = False  # the agent stops in good order: no new work until it registers again
 
 
 class HostOrders(Message):

@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from core.errors import UserError
+from core.preflight import plan_job
 from core.spec import JobSpec, ValidationDataset, is_path, parse_spec
 from worker.job_directory import InputFile, Inputs, OutcomeFile, write_json
 
@@ -132,3 +134,24 @@ def _find_model(base: str, model_roots: tuple[Path, ...]) -> Path:
         return ensure_demo_model(model_roots[0])
     looked = ", ".join(str(root) for root in (Path.cwd(), *model_roots))
     raise UserError("train.no_model", "model.base", name=base, looked=looked)
+
+
+def print_plan(spec: JobSpec, model_roots: tuple[Path, ...]) -> int:
+    """`--dry-run`: reads model and data as a run would, and prints what it would do, as one JSON object on stdout."""
+    from worker.engine.data import load_corpus
+    from worker.engine.inventory import first_device
+    from worker.engine.models import profile_model
+    from worker.engine.tokenizer import load_tokenizer
+
+    model_path = _find_model(spec.model.base, model_roots)
+    inputs = Inputs(
+        model_path=str(model_path),
+        model_name=spec.model.base,
+        data=tuple(_find_data(name) for name in _dataset_names(spec)),
+    )
+    tokenizer = load_tokenizer(model_path, spec.model.chat_template)
+    corpus = load_corpus(spec, inputs, tokenizer, lambda done, total: None)
+    plan = plan_job(spec, corpus.profiles, profile_model(model_path, spec.model.base), first_device())
+    shown = {**plan.plan_event(), "learning_rate": plan.learning_rates(), "spec": plan.spec.model_dump(mode="json")}
+    sys.stdout.write(json.dumps(shown, ensure_ascii=False, indent=1) + "\n")
+    return 0

@@ -134,7 +134,8 @@ def _worker(arguments: argparse.Namespace) -> int:
     )
     if not settings.token:
         raise UserError("worker.no_token", "PEGBOX_WORKER_TOKEN")
-    return agent.run(settings)
+    agent.run(settings)
+    return 0
 
 
 def _up(arguments: argparse.Namespace) -> int:

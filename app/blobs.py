@@ -9,9 +9,9 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import AsyncIterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from io import BufferedWriter
 from pathlib import Path
 
 from fastapi.concurrency import run_in_threadpool
@@ -35,6 +35,26 @@ class StoredBlob:
     bytes: int
 
 
+@dataclass(frozen=True)
+class IncomingBlob:
+    temporary: Path
+    target: Path
+    stored: StoredBlob
+
+    def read(self) -> Iterator[bytes]:
+        return read_chunks(self.temporary)
+
+    def keep(self) -> None:
+        """Gives the file its name: a rename, quick enough for the transaction that first refers to it."""
+        self.target.parent.mkdir(exist_ok=True)
+        self.temporary.rename(self.target)
+        folder = os.open(self.target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 class BlobStore:
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -53,11 +73,10 @@ class BlobStore:
         for path in self._incoming.iterdir():
             path.unlink(missing_ok=True)
 
-    async def receive(
-        self, chunks: AsyncIterable[bytes], *, max_bytes: int, expected_sha256: str | None = None
-    ) -> StoredBlob:
-        """Stores a body of unknown length without holding it. Raises Problem: 413 over `max_bytes`, 507 when the disk
-        is full, 422 when the bytes are not those that were announced."""
+    @asynccontextmanager
+    async def incoming(self, chunks: AsyncIterable[bytes], *, max_bytes: int) -> AsyncIterator["IncomingBlob"]:
+        """A body of unknown length, whole and synced in a file of no name yet; what isn't kept is gone afterwards.
+        Raises Problem: 413 over `max_bytes`, 507 when the disk is full."""
         temporary = self._incoming / secrets.token_hex(16)
         hasher, num_bytes = hashlib.sha256(), 0
         try:
@@ -66,6 +85,10 @@ class BlobStore:
                 def write(data: bytes) -> None:
                     hasher.update(data)
                     file.write(data)
+
+                def sync() -> None:
+                    file.flush()
+                    os.fsync(file.fileno())
 
                 gathered = bytearray()
                 async for chunk in chunks:
@@ -77,22 +100,29 @@ class BlobStore:
                         await run_in_threadpool(write, bytes(gathered))
                         gathered.clear()
                 await run_in_threadpool(write, bytes(gathered))
-                stored = StoredBlob(hasher.hexdigest(), num_bytes)
-                if expected_sha256 is not None and stored.sha256 != expected_sha256:
-                    raise Problem(422, UserError("upload.other_bytes", expected=expected_sha256, found=stored.sha256))
-                await run_in_threadpool(_publish, file, self.path(stored.sha256))
+                await run_in_threadpool(sync)
+            sha256 = hasher.hexdigest()
+            yield IncomingBlob(temporary, self.path(sha256), StoredBlob(sha256, num_bytes))
         except OSError as error:
             if error.errno in DISK_IS_FULL:
                 raise Problem(507, UserError("upload.disk_full")) from error
             raise
         finally:
             temporary.unlink(missing_ok=True)
-        return stored
+
+    async def receive(
+        self, chunks: AsyncIterable[bytes], *, max_bytes: int, expected_sha256: str | None = None
+    ) -> StoredBlob:
+        """Stores a body. Raises Problem as `incoming` does, and 422 when the bytes are not those announced."""
+        async with self.incoming(chunks, max_bytes=max_bytes) as blob:
+            found = blob.stored.sha256
+            if expected_sha256 is not None and found != expected_sha256:
+                raise Problem(422, UserError("upload.other_bytes", expected=expected_sha256, found=found))
+            await run_in_threadpool(blob.keep)
+            return blob.stored
 
     def read(self, sha256: str) -> Iterator[bytes]:
-        with self.path(sha256).open("rb") as file:
-            while chunk := file.read(READ_BYTES):
-                yield chunk
+        return read_chunks(self.path(sha256))
 
     def delete(self, sha256: str) -> None:
         self.path(sha256).unlink(missing_ok=True)
@@ -100,23 +130,21 @@ class BlobStore:
     def response(self, sha256: str, *, filename: str, media_type: str = "application/octet-stream") -> FileResponse:
         """The file as a download; a Range is honoured, and the ETag names the content."""
         return FileResponse(
-            self.path(sha256), media_type=media_type, filename=filename, headers={"ETag": f'"{sha256}"'}
+            self.path(sha256),
+            media_type=media_type,
+            filename=filename,
+            # A stored file never becomes a page of ours, whatever it holds.
+            headers={"ETag": f'"{sha256}"', "Content-Security-Policy": "default-src 'none'; sandbox"},
         )
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            yield chunk
 
 
 def record_blob(session: Session, stored: StoredBlob, now: float) -> None:
     """Writes the row of a stored file, in the transaction that first refers to it."""
     row = {"sha256": stored.sha256, "bytes": stored.bytes, "created_at": now}
     session.execute(insert(Blob).values(row).on_conflict_do_nothing(index_elements=[col(Blob.sha256)]))
-
-
-def _publish(file: BufferedWriter, target: Path) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    target.parent.mkdir(exist_ok=True)
-    Path(file.name).rename(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

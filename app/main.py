@@ -13,11 +13,12 @@ from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.staticfiles import StaticFiles
 
-from app import health
+from app import health, models
 from app.auth import admit, ensure_first_user
 from app.auth.routes import router as auth_router
 from app.auth.throttle import LoginThrottle
 from app.data_dir import hold_data_dir
+from app.datasets.routes import router as datasets_router
 from app.migration import migrate
 from app.problems import install_problems
 from app.security import Border
@@ -67,7 +68,7 @@ def create_app(settings: Settings | None = None, clock: Callable[[], float] = ti
     app.state.is_ready = False
     install_problems(app)
     app.add_middleware(Border, settings=services.settings)
-    for router in (health.router, auth_router):
+    for router in (health.router, auth_router, datasets_router, models.router):
         app.include_router(router)
     app.mount("/static", StaticFiles(directory=STATIC_DIR, check_dir=False), name="static")
     return app

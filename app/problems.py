@@ -90,6 +90,7 @@ def respond(
     request: Request,
     status: int,
     errors: Sequence[UserError],
+    *,
     headers: Mapping[str, str] | None = None,
     detail: str = "",
     members: Mapping[str, str | int] | None = None,
@@ -133,7 +134,9 @@ def _validation_faults(error: RequestValidationError) -> Iterator[UserError]:
 def install_problems(app: FastAPI) -> None:
     async def on_problem(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, Problem)
-        return respond(request, problem.status, problem.error.errors, problem.headers, members=problem.members)
+        return respond(
+            request, problem.status, problem.error.errors, headers=problem.headers, members=problem.members
+        )
 
     async def on_user_fault(request: Request, fault: Exception) -> Response:
         assert isinstance(fault, UserError | UserErrors)
@@ -153,7 +156,8 @@ def install_problems(app: FastAPI) -> None:
             if error.status_code in codes
             else []
         )
-        return respond(request, error.status_code, faults, error.headers, "" if faults else str(error.detail))
+        detail = "" if faults else str(error.detail)
+        return respond(request, error.status_code, faults, headers=error.headers, detail=detail)
 
     async def on_log_in_first(request: Request, way: Exception) -> Response:
         assert isinstance(way, LogInFirst)

@@ -24,7 +24,7 @@ from core.errors import UserError
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# What is held in memory at once: forms, specs, batches of events. Files come by PUT, are streamed and have their own cap.
+# What is held in memory at once: forms, specs, batches of events. Files come by PUT, streamed, and have their own cap.
 MAX_BODY_BYTES = 8 * 2**20
 STATIC_PREFIX = "/static/"
 

@@ -78,8 +78,8 @@ class IdempotentReply(SQLModel, table=True):
     owner: str = Field(primary_key=True)  # the user or token
     route: str = Field(primary_key=True)
     body_sha256: str
-    status: int | None = None  # none = in flight
-    body: bytes | None = None
+    status: int
+    body: bytes
     created_at: float
 
 

@@ -61,6 +61,9 @@ class PromptCompletion:
 
 Parsed = Conversation | RawText | PromptCompletion
 
+# How many of a data set's first good rows decide what `auto` is; the upload and the trainer look at the same.
+FORMAT_ROWS = 1000
+
 EXPECTED_KEYS: dict[Format, str] = {
     "messages": "messages (a list of objects with role and content)",
     "sharegpt": "sharegpt (conversations: a list of objects with from and value)",

@@ -176,6 +176,7 @@ TEXTS: dict[str, str] = {
     "wait.no_host_accepts": N_("each host that could run it is silent or draining: {hosts}"),
     "wait.no_model": N_("no host has the model {model}"),
     "wait.position": N_("position {position} in the queue: {reason}"),
+    "wait.retry": N_("its host lost the attempt ({reason}); retry {retry} begins {seconds} s after that"),
     "wait.too_many_devices": N_("asks for {num_devices} devices, the largest host that could run it has {largest}"),
     # -- data: the file and its rows -----------------------------------------------------------------------------
     "data.array_broken": N_(
@@ -240,17 +241,40 @@ TEXTS: dict[str, str] = {
     "auth.who": N_("log in, or send a token as Authorization: Bearer"),
     "auth.wrong": N_("name or password is wrong"),
     "auth.wrong_current": N_("this is not the current password"),
+    # -- app: data sets and models -------------------------------------------------------------------------------
+    "data.line": N_("line {line}: {reason}"),
+    "dataset.form": N_("send the file itself as the body, not a form that holds it (curl: -T FILE in place of -F)"),
+    "dataset.in_use": N_("{name} is read by the job {job}, which is {state}; cancel that job first"),
+    "dataset.name": N_(
+        "{name} is no name for a data set: use lower-case letters, digits, dots, dashes and underscores, "
+        "beginning with a letter or digit, at most 128"
+    ),
+    "model.none_known": N_("{name} is unknown: no host has reported its models yet; start a worker first"),
+    "model.unknown": N_("no host has the model {name}; known are: {known}"),
+    # -- app: jobs -----------------------------------------------------------------------------------------------
+    "job.illegal_action": N_("a job that is {state} does not take {action}; it takes: {legal}"),
+    "job.no_dataset_at_all": N_("there is no data set {name}, and no other; upload one first"),
+    "job.not_longer": N_(
+        "{field} {after} is no more than the {before} that the job has trained; give the new total, above {before}"
+    ),
+    "job.other_length": N_("the job's length is given by {used}, not by {given}; extend it by {used}"),
+    "job.unknown_dataset": N_("there is no data set {name}; known are: {known}"),
+    "job.unknown_version": N_("the data set {name} has no version {version}; known are: {known}"),
+    "metrics.max_points": N_("{value} points are outside of what is possible; ask for {least} to {most}"),
+    "metrics.unknown_name": N_("{name} is no metric; known are: {known}"),
     # -- app: requests -------------------------------------------------------------------------------------------
     "app.internal": N_("the server failed; its log says why under the request id {request_id}"),
     "app.not_found": N_("there is no {thing} {name}"),
     "app.second_web": N_(
         "process {pid} already serves {data_dir}; stop it, or give this one another PEGBOX_DATA_DIR"
     ),
+    "request.bad_key": N_("an Idempotency-Key has 1 to {limit} printable ASCII characters"),
     "request.host": N_("this server does not answer to the name {host}; set PEGBOX_URL to the address that you use"),
     "request.invalid": N_("{problem}"),
     "request.method": N_("{method} is not a method of {path}"),
     "request.no_route": N_("there is nothing at {path}"),
     "request.not_json": N_("the body is not valid JSON: {problem}"),
+    "request.other_body": N_("the Idempotency-Key {key} was sent before with another body; take a new key"),
     "request.unknown_key": N_("{key} is not a key of this request"),
     "upload.disk_full": N_("the server's disk is full; nothing was stored. Free some space and upload again"),
     "upload.other_bytes": N_("the bytes received have the sha256 {found}, not {expected}; upload again"),
@@ -278,6 +302,7 @@ TEXTS: dict[str, str] = {
     "exit.supervisor_died": N_("the process that watched over the trainer died, so nobody knows how the trainer ended"),
     "exit.unexplained": N_("the trainer ended with code {code} and without a reason; its last output: {log}"),
     # -- worker: what a host cannot do for a job -----------------------------------------------------------------
+    "worker.artifact_missing": N_("{name} has not arrived (sha256 {sha256}); upload it, then finish again"),
     "worker.agent_runs": N_(
         "a worker already runs on the data directory {folder}; stop it, or give this one another PEGBOX_DATA_DIR"
     ),
@@ -291,6 +316,13 @@ TEXTS: dict[str, str] = {
     "worker.prepare_slow": N_(
         "reading the data with the tokenizer took longer than {minutes} minutes and was ended; use a smaller data set"
     ),
+    "worker.host_of_other_token": N_(
+        "the host {host} registered with another token that is still valid; revoke that one first"
+    ),
+    "worker.not_recorded": N_("events are recorded up to {acked_seq}, the attempt ends at {final_seq}; send the rest"),
+    "worker.protocol": N_("the worker speaks protocol {theirs}, this server {ours}; install the same release on both"),
+    "worker.stale_fence": N_("this attempt is no longer the job's (its fence is {current_fence} now)"),
+    "worker.token_of_other_host": N_("this token belongs to another host; make one for each host"),
     "worker.start_failed": N_("the trainer could not be started: {problem}"),
 }
 

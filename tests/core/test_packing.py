@@ -196,6 +196,12 @@ def test_by_rows_a_step_is_rows_of_the_epoch_packed_as_one(lengths, rows_per_ste
         assert set(rows_of(lay_out(step, lengths, settings("rows", rows_per_step)))) == set(step.rows)
 
 
+def test_by_rows_the_longest_samples_do_not_all_come_first():
+    lengths = np.concatenate((np.full(200, CAPACITY), np.full(400, CAPACITY // 2)))
+    first_half = plan_epoch(lengths, settings("rows", 200), 1, 1).step(0)
+    assert 70 < sum(len(row) == 1 for row in first_half.rows) < 130, "of 400 rows half hold one long sample"
+
+
 def test_by_rows_and_padded_a_row_is_one_sample():
     lengths = np.arange(1, 11)
     by_rows = plan_epoch(lengths, settings("rows", 3, "padded"), 3, 1)
@@ -361,6 +367,18 @@ def test_packed_ranks_get_even_work_though_lengths_are_not():
         for rank in layout.ranks
     ]  # fmt: skip
     assert max(work) <= 1.03 * min(work)
+
+
+def test_packed_rows_of_like_width_share_a_micro_batch():
+    lengths = np.array([60] * 20 + [10] * 20)
+    wide = settings("rows", 40, row_length=60, micro_batch_size=4)
+    (step,) = plan_epoch(lengths, wide, 1, 1)
+    widths = [
+        [int(lengths[list(row)].sum()) for row in micro_batch] for micro_batch in lay_out(step, lengths, wide).ranks[0]
+    ]
+    flat = [width for micro_batch in widths for width in micro_batch]
+    assert len(set(flat)) > 1, "there is something to sort"
+    assert flat == sorted(flat, reverse=True)
 
 
 def test_padded_rows_keep_the_steps_order_and_each_pass_is_as_wide_as_its_longest():

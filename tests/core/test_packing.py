@@ -370,8 +370,8 @@ def test_packed_ranks_get_even_work_though_lengths_are_not():
 
 
 def test_packed_rows_of_like_width_share_a_micro_batch():
-    lengths = np.array([60] * 20 + [10] * 20)
-    wide = settings("rows", 40, row_length=60, micro_batch_size=4)
+    lengths = np.random.default_rng(1).integers(20, CAPACITY, 80)
+    wide = settings(per_step=80, micro_batch_size=4)
     (step,) = plan_epoch(lengths, wide, 1, 1)
     widths = [
         [int(lengths[list(row)].sum()) for row in micro_batch] for micro_batch in lay_out(step, lengths, wide).ranks[0]

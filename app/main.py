@@ -13,17 +13,20 @@ from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.staticfiles import StaticFiles
 
-from app import health, models
+from app import health, job_api, live, models, worker_api
 from app.auth import admit, ensure_first_user
 from app.auth.routes import router as auth_router
 from app.auth.throttle import LoginThrottle
 from app.data_dir import hold_data_dir
 from app.datasets.routes import router as datasets_router
+from app.dispatcher import Dispatcher
 from app.migration import migrate
 from app.problems import install_problems
+from app.recorder import StreamReader
 from app.security import Border
 from app.services import STATIC_DIR, Services, build_services
 from app.settings import Settings, load_settings
+from app.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +40,17 @@ class Loop(Protocol):
         """Returns when it has stopped."""
 
 
-def create_app(settings: Settings | None = None, clock: Callable[[], float] = time) -> FastAPI:
+def create_app(
+    settings: Settings | None = None, clock: Callable[[], float] = time, *, is_leader: bool = True
+) -> FastAPI:
+    """`is_leader`: the one process over a database that records, dispatches and sweeps."""
     services = build_services(settings or load_settings(), clock)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with hold_data_dir(services.settings.data_dir):
             await run_in_threadpool(_prepare, services)
-            loops = _loops(services)
+            loops = _loops(services) if is_leader else []
             for loop in loops:
                 loop.start()
             app.state.is_ready = True
@@ -68,7 +74,15 @@ def create_app(settings: Settings | None = None, clock: Callable[[], float] = ti
     app.state.is_ready = False
     install_problems(app)
     app.add_middleware(Border, settings=services.settings)
-    for router in (health.router, auth_router, datasets_router, models.router):
+    for router in (
+        health.router,
+        auth_router,
+        datasets_router,
+        models.router,
+        job_api.router,
+        worker_api.router,
+        live.router,
+    ):
         app.include_router(router)
     app.mount("/static", StaticFiles(directory=STATIC_DIR, check_dir=False), name="static")
     return app
@@ -83,4 +97,7 @@ def _prepare(services: Services) -> None:
 
 
 def _loops(services: Services) -> list[Loop]:
-    return []
+    loops: list[Loop] = [Dispatcher(services), Sweeper(services)]
+    if services.settings.redis_url:
+        loops.append(StreamReader(services))
+    return loops

@@ -31,6 +31,7 @@ class Wake:
         self._condition = threading.Condition()
         self._versions: dict[str, int] = {}
         self._sleepers: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
+        self.is_closed = False
 
     def version(self, topic: str) -> int:
         with self._condition:
@@ -45,6 +46,13 @@ class Wake:
                     loop.call_soon_threadsafe(event.set)
             self._condition.notify_all()
 
+    def close(self) -> None:
+        """The service stops: everybody is woken, and open streams end. A server waits for them before it exits."""
+        with self._condition:
+            self.is_closed = True
+            topics = list(self._sleepers)
+        self.notify(*topics)
+
     def wait(self, topic: str, seen: int, timeout_s: float) -> int:
         """Blocks this thread until the version is no longer `seen`, at most `timeout_s`; returns the version."""
         with self._condition:
@@ -55,8 +63,8 @@ class Wake:
         """The same for a coroutine."""
         sleeper = (asyncio.get_running_loop(), asyncio.Event())
         with self._condition:
-            if self._versions.get(topic, 0) != seen:
-                return self._versions[topic]
+            if self.is_closed or self._versions.get(topic, 0) != seen:
+                return self._versions.get(topic, 0)
             self._sleepers.setdefault(topic, set()).add(sleeper)
         try:
             async with asyncio.timeout(timeout_s):

@@ -212,6 +212,9 @@ TEXTS: dict[str, str] = {
         "Rename the keys, or set data.format"
     ),
     "data.no_assistant": N_("{field} holds no assistant turn, so there is nothing to learn; add one or drop the row"),
+    "data.no_good_row": N_(
+        "none of the {num_rows} rows of {file} can be used. The first: {reasons}"
+    ),
     "data.no_rows": N_("the data holds no row; one JSON object a row is expected"),
     "data.result_without_call": N_(
         "{field} is a tool's result, but no assistant turn stands before it; put the call before its result"
@@ -225,7 +228,26 @@ TEXTS: dict[str, str] = {
     "chat.no_template": N_(
         "the model has no chat template, which conversations need; set model.chat_template to chatml"
     ),
+    "chat.template_memory": N_(
+        "rendering the chat template takes more than {limit_mb} MB of memory; mend the template, or set "
+        "model.chat_template to chatml"
+    ),
     "chat.template_refused": N_("the chat template refuses this conversation: {problem}"),
+    # -- model: what a host has ----------------------------------------------------------------------------------
+    "model.broken_file": N_("{file} is not readable: {problem}; copy the model again"),
+    "model.has_code": N_(
+        "{name} brings code of its own ({found}), which would have to be executed; take a model of a family that "
+        "transformers knows"
+    ),
+    "model.no_number": N_("the config.json of {name} gives no whole number for {key}; add it"),
+    "model.no_tokenizer": N_("its tokenizer cannot be loaded: {problem}"),
+    "model.no_weights": N_("{name} has a config.json and no safetensors file; copy the weights into its folder"),
+    "model.pickled": N_(
+        "{name} has its weights in {file}, a pickle, which may run code when it is opened; convert it to safetensors"
+    ),
+    "model.slow_tokenizer": N_("{kind} is no fast tokenizer, which this needs; add the model's tokenizer.json"),
+    "model.template_broken": N_("the chat template is not valid: {problem}, line {line}"),
+    "model.unknown_template": N_("{name} is not a built-in chat template; choose one of {choices}"),
     # -- app: who calls ------------------------------------------------------------------------------------------
     "auth.bad_token": N_("this token is unknown or revoked; an administrator makes a new one"),
     "auth.csrf": N_("the page's security token is missing or old; reload the page and try again"),

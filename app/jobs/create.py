@@ -1,0 +1,95 @@
+"""A job spec becomes a job in the queue.
+
+Everything that the server can know is settled here, once: the spec is parsed, what this release lacks is refused, the
+base model is one that a host has, and each data set becomes `NAME@VERSION` in the stored spec. So a version uploaded
+while the job waits, or before it is resumed, retried or cloned, does not change what it learns from.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlmodel import Session
+
+from app.datasets.references import find_version, references
+from app.datasets.store import VERSION_DIGITS
+from app.ids import new_id
+from app.jobs.moves import enter
+from app.models import resolve_model
+from app.tables import Job
+from core.errors import UserError, UserErrors
+from core.spec import JobSpec, ValidationDataset, job_name, parse_spec
+from core.states import JobState
+from core.unbuilt import refuse_unbuilt
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a job comes from: the job that it retries or extends, and whose checkpoints it may start from."""
+
+    parent: str | None = None
+    kind: str | None = None
+    resume_jobs: tuple[str, ...] = ()
+    pinned_host: str | None = None
+
+
+def create_job(session: Session, spec: object, *, now: float, who: str | None, owner: str | None) -> Job:
+    """Raises UserError or UserErrors, whose fields are the spec's keys."""
+    parsed = parse_spec(spec)
+    refuse_unbuilt(parsed)
+    return insert_job(session, parsed, now=now, who=who, owner=owner)
+
+
+def insert_job(
+    session: Session, spec: JobSpec, *, now: float, who: str | None, owner: str | None, origin: Origin | None = None
+) -> Job:
+    origin = origin or Origin()
+    spec = settle(session, spec)
+    stored = spec.model_dump(mode="json")
+    job = Job(
+        id=new_id("job"),
+        name=job_name(spec, datetime.fromtimestamp(now, UTC).date().isoformat()),
+        owner=owner,
+        spec=stored,
+        spec_sha256=hashlib.sha256(json.dumps(stored, sort_keys=True, ensure_ascii=False).encode()).hexdigest(),
+        tags=list(spec.tags),
+        notes=spec.notes,
+        priority=spec.priority,
+        state=JobState.QUEUED.value,
+        parent=origin.parent,
+        parent_kind=origin.kind,
+        resume_jobs=list(origin.resume_jobs),
+        pinned_host=origin.pinned_host,
+        created_at=now,
+        queued_at=now,
+        rev=1,
+    )
+    enter(session, job, now=now, who=who)
+    return job
+
+
+def settle(session: Session, spec: JobSpec) -> JobSpec:
+    """The spec with its data sets pinned to versions. Raises UserErrors on a model or data that isn't there."""
+    faults: list[UserError] = []
+    pinned: dict[str, str] = {}
+    try:
+        resolve_model(session, spec.model.base)
+    except UserError as fault:
+        faults.append(fault)
+    for field, reference in references(spec):
+        try:
+            found = find_version(session, reference, field)
+        except UserError as fault:
+            faults.append(fault)
+        else:
+            pinned[reference] = f"{found.dataset.name}@{found.version.sha256[:VERSION_DIGITS]}"
+    if faults:
+        raise UserErrors(faults)
+    stored: dict[str, Any] = spec.model_dump(mode="json")
+    for part in stored["data"]["train"]:
+        part["dataset"] = pinned[part["dataset"]]
+    if isinstance(spec.data.validation, ValidationDataset):
+        stored["data"]["validation"]["dataset"] = pinned[spec.data.validation.dataset]
+    return parse_spec(stored)

@@ -61,18 +61,22 @@ class Throttle:
         self.num_dropped = 0
 
     def admits(self) -> bool:
-        now = self._clock()
-        self._tokens = min(BURST_LINES, self._tokens + (now - self._refilled_at) * LINES_A_SECOND)
-        self._refilled_at = now
+        self._refill()
         if self._tokens < 1:
             self.num_dropped += 1
             return False
         self._tokens -= 1
         return True
 
-    def take_dropped(self) -> int:
-        """How many were dropped since the last asking; 0 while lines are still being turned away."""
-        if self.num_dropped and self._tokens >= 1:
-            num_dropped, self.num_dropped = self.num_dropped, 0
-            return num_dropped
-        return 0
+    def take_dropped(self, *, is_last: bool = False) -> int:
+        """How many were dropped since they were last asked for; 0 while lines are still being turned away."""
+        self._refill()
+        if self._tokens < 1 and not is_last:
+            return 0
+        num_dropped, self.num_dropped = self.num_dropped, 0
+        return num_dropped
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._tokens = min(BURST_LINES, self._tokens + (now - self._refilled_at) * LINES_A_SECOND)
+        self._refilled_at = now

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -54,6 +54,12 @@ class Server:
         self._client: httpx.Client | None = None
         self._client_url = ""
         self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # -- hosts -----------------------------------------------------------------------------------------------------
     def register(self, report: wire.HostReport) -> wire.Welcome:

@@ -166,6 +166,7 @@ class Supervisor:
             pass
         for line in trainer.read_rest():
             self._log(line)
+        self._tell_dropped(is_last=True)
         trainer.close()
         if left:
             text = f"processes {left} of this attempt could not be killed and may still hold its devices"
@@ -212,9 +213,7 @@ class Supervisor:
             self._note_event(kind, event)
         for line in trainer.read_lines():
             self._log(line)
-        if num_dropped := self.throttle.take_dropped():
-            text = f"dropped {num_dropped} lines of output that came too fast; trainer.log on the host has them all"
-            self.journal.append("log", rank=0, level="warning", text=text)
+        self._tell_dropped()
         self._note_journal()
         return self.journal.last_seq > seq_before
 
@@ -234,6 +233,11 @@ class Supervisor:
     def _log(self, line: str) -> None:
         if self.throttle.admits():
             self.journal.append("log", rank=0, level="info", text=line)
+
+    def _tell_dropped(self, *, is_last: bool = False) -> None:
+        if num_dropped := self.throttle.take_dropped(is_last=is_last):
+            text = f"dropped {num_dropped} lines of output that came too fast; trainer.log on the host has them all"
+            self.journal.append("log", rank=0, level="warning", text=text)
 
     def _note_journal(self) -> None:
         if self.journal.last_seq > self.progress.last_seq:

@@ -75,8 +75,7 @@ def _read_line(file: int, timeout_s: float) -> str:
 
 def prepare(settings: WorkerSettings, profile: str) -> None:
     """Claims a wanted profile, measures it, and posts the result or the reason why there is none."""
-    with _one_at_a_time(settings.worker_dir / "prepare.lock"):
-        server = Server(settings)
+    with _one_at_a_time(settings.worker_dir / "prepare.lock"), Server(settings) as server:
         try:
             order = server.claim_profile(profile)
         except Stale:

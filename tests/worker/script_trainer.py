@@ -1,0 +1,100 @@
+"""A trainer without a model: the same files, signals and exit codes as worker.engine.train, and many ways to misbehave.
+
+What it does stands in the spec's notes, as words: `steps=20 pause=0.01 at=5 then=exit:71`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from worker.job_directory import write_atomically
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    spec = json.loads((directory / "spec.json").read_text())
+    inputs = json.loads((directory / "inputs.json").read_text())
+    told = dict(word.split("=", 1) for word in spec["notes"].split())
+    num_steps, pause_s = int(told.get("steps", 20)), float(told.get("pause", 0.01))
+    at, then = int(told.get("at", 0)), told.get("then", "")
+    events = os.open(directory / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    num_events = 0
+
+    def emit(kind: str, **fields: object) -> None:
+        nonlocal num_events
+        num_events += 1
+        event = {"seq": num_events, "ts": time.time(), "kind": kind, **fields}
+        os.write(events, json.dumps(event).encode() + b"\n")
+
+    def end(code: int, reason: str | None, text: str) -> None:
+        outcome = {"code": code, "reason": reason, "text": text, "remedy": ""}
+        write_atomically(directory / "outcome.json", json.dumps(outcome).encode())
+        os._exit(code)
+
+    def checkpoint(step: int) -> None:
+        folder = directory / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"step": step}))
+        emit("checkpoint", step=step, path=str(folder), bytes=1, best=False)
+
+    signals: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    signal.signal(signal.SIGUSR1, lambda number, _: signals.append(number))
+    (directory / "argv.json").write_text(json.dumps(sys.argv[1:]))
+    (directory / "environ.json").write_text(json.dumps(dict(os.environ)))
+    (directory / "pid").write_text(str(os.getpid()))
+
+    begin = 1
+    if inputs["resume"]:
+        begin = 1 + int(Path(inputs["resume"][0]).name.removeprefix("step-"))
+        print(f"resuming at step {begin}", flush=True)
+    emit("phase", name="train", done=0, total=num_steps)
+    for step in range(begin, num_steps + 1):
+        emit("step", step=step, epoch=0.1, loss=1 / step, step_s=pause_s)
+        time.sleep(pause_s)
+        if step == at:
+            match then.split(":"):
+                case ["exit", code]:
+                    emit("failure", reason="oom", text="CUDA out of memory", remedy="smaller rows")
+                    end(int(code), "oom", "CUDA out of memory")
+                case ["raise"]:
+                    raise RuntimeError("a bug in the trainer")
+                case ["segfault"]:
+                    os.kill(os.getpid(), signal.SIGSEGV)
+                case ["hang"]:
+                    signals.clear()
+                    while True:
+                        time.sleep(1)
+                case ["grandchild"]:
+                    # In a session of its own, deaf, and holding the output open: what killpg leaves behind.
+                    subprocess.Popen([sys.executable, "-c", _DEAF], start_new_session=True)
+                case ["print", num_lines]:
+                    print("\x1b[31mred\x1b[0m and \x07bell", "10 %\r50 %\r100 %", "secret-token-value", sep="\n")
+                    print("x" * 5000)
+                    for number in range(int(num_lines)):
+                        print("line", number, flush=False)
+                    sys.stdout.flush()
+        if signal.SIGUSR1 in signals:
+            signals.remove(signal.SIGUSR1)
+            checkpoint(step)
+        if signal.SIGTERM in signals and told.get("term") != "ignore":
+            checkpoint(step)
+            emit("end", outcome="stopped", steps=step, trained_tokens=step, seconds=1.0)
+            end(75, "stopped", f"stopped after step {step} with a checkpoint")
+    if told.get("result") != "none":
+        (directory / "result" / "deep").mkdir(parents=True)
+        (directory / "result" / "adapter_model.safetensors").write_bytes(b"weights of " + spec["name"].encode())
+        (directory / "result" / "deep" / "empty.json").write_bytes(b"")
+    if told.get("end") != "none":
+        emit("end", outcome="succeeded", steps=num_steps, trained_tokens=num_steps, seconds=1.0)
+    end(0, None, "done")
+
+
+_DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+
+if __name__ == "__main__":
+    main()

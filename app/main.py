@@ -3,24 +3,24 @@
 Order at the start: the lock of the data directory, the schema, the first user, the loops; only then does the server
 answer. At the end the loops stop first, so that nothing is written by a process that has given up its lock."""
 
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from time import time
-from typing import Protocol
 
 from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.staticfiles import StaticFiles
 
-from app import health, job_api, live, models, worker_api
+from app import health, hosts, job_api, live, models, preflight, presets, worker_api
 from app.auth import admit, ensure_first_user
+from app.auth.api import router as accounts_router
 from app.auth.routes import router as auth_router
 from app.auth.throttle import LoginThrottle
 from app.data_dir import hold_data_dir
 from app.datasets.routes import router as datasets_router
 from app.dispatcher import Dispatcher
 from app.migration import migrate
+from app.pages import install_pages
 from app.problems import install_problems
 from app.recorder import StreamReader
 from app.security import Border
@@ -28,16 +28,20 @@ from app.services import STATIC_DIR, Services, build_services
 from app.settings import Settings, load_settings
 from app.sweeper import Sweeper
 
-log = logging.getLogger(__name__)
-
-
-class Loop(Protocol):
-    """What runs beside the requests, in a thread of its own."""
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None:
-        """Returns when it has stopped."""
+# The first that matches answers, so /jobs/live stands before the pages' /jobs/{id}.
+ROUTERS = (
+    health.router,
+    auth_router,
+    accounts_router,
+    datasets_router,
+    hosts.router,
+    models.router,
+    presets.router,
+    preflight.router,
+    job_api.router,
+    live.router,
+    worker_api.router,
+)
 
 
 def create_app(
@@ -74,16 +78,9 @@ def create_app(
     app.state.is_ready = False
     install_problems(app)
     app.add_middleware(Border, settings=services.settings)
-    for router in (
-        health.router,
-        auth_router,
-        datasets_router,
-        models.router,
-        job_api.router,
-        worker_api.router,
-        live.router,
-    ):
+    for router in ROUTERS:
         app.include_router(router)
+    install_pages(app, services)
     app.mount("/static", StaticFiles(directory=STATIC_DIR, check_dir=False), name="static")
     return app
 
@@ -96,8 +93,7 @@ def _prepare(services: Services) -> None:
         print(f"Log in once, within a day, at {first.login_link}", flush=True)  # noqa: T201 - for the person who starts it
 
 
-def _loops(services: Services) -> list[Loop]:
-    loops: list[Loop] = [Dispatcher(services), Sweeper(services)]
-    if services.settings.redis_url:
-        loops.append(StreamReader(services))
-    return loops
+def _loops(services: Services) -> tuple[Dispatcher | Sweeper | StreamReader, ...]:
+    """What runs beside the requests, each a thread."""
+    reader = (StreamReader(services),) if services.settings.redis_url else ()
+    return (*reader, Dispatcher(services), Sweeper(services))

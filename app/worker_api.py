@@ -20,6 +20,7 @@ from app.datasets.references import data_of
 from app.jobs import JOBS_TOPIC, QUEUE_TOPIC, topic_of
 from app.jobs.attempts import CLAIMED, NotRecorded, StaleFence, beat, check_fence, claim, finish
 from app.problems import Problem, not_found
+from app.profiles import claim_profile, store_measured, store_result, topic_of_profile, wanted_profiles
 from app.recorder import Batch, record
 from app.services import AnyServices, Services
 from app.tables import ApiToken, ArtifactRow, Attempt, Blob, Host, Job
@@ -43,6 +44,9 @@ from core.wire import (
     HostBeat,
     HostOrders,
     HostReport,
+    MeasuredProfile,
+    ProfileOrder,
+    ProfileResult,
     Recorded,
     Welcome,
 )
@@ -209,6 +213,34 @@ def _keep_artifacts(session: Session, job: Job, artifacts: tuple[Artifact, ...])
         session.merge(ArtifactRow(job=job.id, name=artifact.name, sha256=artifact.sha256, bytes=artifact.bytes))
 
 
+@router.post("/attempts/{job_id}/{number}/profile")
+def post_profile(
+    job_id: str, number: int, message: MeasuredProfile, caller: Worker, services: AnyServices
+) -> dict[str, str]:
+    """Facts of the data, whoever's attempt measured them: a fence has no say in them."""
+    with services.database.write() as session:
+        job, _ = _own(session, caller, job_id, number)
+        store_measured(session, job, message, services.clock())
+    return {}
+
+
+# -- profiles ------------------------------------------------------------------------------------------------------
+@router.post("/profiles/{profile_id}/claim")
+def post_profile_claim(profile_id: str, caller: Worker, services: AnyServices) -> ProfileOrder:
+    with services.database.write() as session:
+        return claim_profile(session, profile_id, _host_of(session, caller), services.clock())
+
+
+@router.post("/profiles/{profile_id}/result")
+def post_profile_result(
+    profile_id: str, message: ProfileResult, caller: Worker, services: AnyServices
+) -> dict[str, str]:
+    with services.database.write() as session:
+        store_result(session, profile_id, _host_of(session, caller), message, services.clock())
+    services.wake.notify(topic_of_profile(profile_id))
+    return {}
+
+
 # -- data ----------------------------------------------------------------------------------------------------------
 @router.get("/blobs/{sha256}")
 def get_blob(sha256: Sha256, caller: Worker, services: AnyServices) -> FileResponse:
@@ -221,10 +253,17 @@ def get_blob(sha256: Sha256, caller: Worker, services: AnyServices) -> FileRespo
 def _own(session: Session, caller: Caller, job_id: str, number: int) -> tuple[Job, Attempt]:
     """Raises Problem 404 for an attempt of another host as for one that doesn't exist."""
     attempt = session.get(Attempt, (job_id, number))
-    token = session.get_one(ApiToken, caller.id)
-    if attempt is None or token.host is None or attempt.host != token.host:
+    if attempt is None or attempt.host != _host_of(session, caller):
         raise not_found("attempt", f"{job_id}/{number}")
     return session.get_one(Job, job_id), attempt
+
+
+def _host_of(session: Session, caller: Caller) -> str:
+    """Raises Problem 404 for a token with which no host registered yet; a worker registers at that."""
+    host = session.get_one(ApiToken, caller.id).host
+    if host is None:
+        raise not_found("host", caller.name)
+    return host
 
 
 def _tell(services: Services, job: str) -> None:

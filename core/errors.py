@@ -135,6 +135,9 @@ TEXTS: dict[str, str] = {
     "engine.other_model": N_(
         "the checkpoint does not fit: {problem}; keep model and method as they were, or start over"
     ),
+    "engine.past_the_end": N_(
+        "the checkpoint stands at step {step}, but this job has only {total_steps} steps; train longer, or start over"
+    ),
     "engine.unknown_module": N_("no layer of this model is named {name}; its linear layers are {known}"),
     # -- train: pegbox train by hand -----------------------------------------------------------------------------
     "train.data_is_no_path": N_(
@@ -212,10 +215,9 @@ TEXTS: dict[str, str] = {
         "Rename the keys, or set data.format"
     ),
     "data.no_assistant": N_("{field} holds no assistant turn, so there is nothing to learn; add one or drop the row"),
-    "data.no_good_row": N_(
-        "none of the {num_rows} rows of {file} can be used. The first: {reasons}"
-    ),
+    "data.no_good_row": N_("none of the {num_rows} rows of {file} can be used. The first: {reasons}"),
     "data.no_rows": N_("the data holds no row; one JSON object a row is expected"),
+    "data.nothing_trained": N_("this row has no assistant turn that is trained; all of them have weight 0"),
     "data.result_without_call": N_(
         "{field} is a tool's result, but no assistant turn stands before it; put the call before its result"
     ),
@@ -284,6 +286,15 @@ TEXTS: dict[str, str] = {
     "job.unknown_version": N_("the data set {name} has no version {version}; known are: {known}"),
     "metrics.max_points": N_("{value} points are outside of what is possible; ask for {least} to {most}"),
     "metrics.unknown_name": N_("{name} is no metric; known are: {known}"),
+    # -- app: profiles and preflight -----------------------------------------------------------------------------
+    "profile.failed": N_("{dataset} could not be measured: {error}"),
+    "profile.no_device": N_("no host that has the model {name} offers a device; see the page of hosts for the reason"),
+    "profile.taken": N_("the profile {profile} is {state} already"),
+    "verdict.rows_beyond_max_samples": N_("{count:,} of {total:,} rows are left out by data.max_samples"),
+    "verdict.rows_held_out": N_("{count:,} of {total:,} rows are held out for validation"),
+    "verdict.rows_refused": N_("{count:,} of {total:,} rows are refused; the data set's report names each"),
+    "verdict.samples_too_long": N_("{count:,} of {total:,} samples are longer than max_length and are dropped"),
+    "verdict.samples_without_trained_tokens": N_("{count:,} of {total:,} samples have no token to learn and are dropped"),
     # -- app: requests -------------------------------------------------------------------------------------------
     "app.internal": N_("the server failed; its log says why under the request id {request_id}"),
     "app.not_found": N_("there is no {thing} {name}"),

@@ -24,25 +24,37 @@ def sha256_hex(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def create_token(database: Database, name: str, role: str, user: str | None = None) -> str:
+def create_token(database: Database, name: str, role: str, user: str | None = None, now: float | None = None) -> str:
     """The token, shown once. Raises UserError on a role that doesn't exist or a name without a character."""
     if role not in get_args(Role):
         raise UserError("auth.role", "role", role=role, roles=", ".join(get_args(Role)))
     if not name.strip():
         raise UserError("auth.token_name", "name")
-    token_id, secret = new_id("tok"), secrets.token_hex(32)
+    id, secret = new_id("tok"), secrets.token_hex(32)
     with database.write() as session:
         row = ApiToken(
-            id=token_id, name=name.strip(), role=role, user=user, secret_sha256=sha256_hex(secret), created_at=time()
+            id=id,
+            name=name.strip(),
+            role=role,
+            user=user,
+            secret_sha256=sha256_hex(secret),
+            created_at=time() if now is None else now,
         )
         session.add(row)
-    return f"pegbox_{token_id.removeprefix('tok_')}_{secret}"
+    return f"pegbox_{id.removeprefix('tok_')}_{secret}"
 
 
-def revoke_token(database: Database, token_id: str, now: float) -> bool:
+def token_id(token: str) -> str:
+    """The id of its row."""
+    match = TOKEN.fullmatch(token)
+    assert match is not None
+    return f"tok_{match['id']}"
+
+
+def revoke_token(database: Database, id: str, now: float) -> bool:
     """False where there is no such token; revoking twice is once."""
     with database.write() as session:
-        row = session.get(ApiToken, token_id)
+        row = session.get(ApiToken, id)
         if row is not None and row.revoked_at is None:
             row.revoked_at = now
         return row is not None
@@ -54,7 +66,7 @@ def find_token(database: Database, token: str, now: float) -> Caller | None:
         return None
     with database.read() as session:
         found = session.exec(
-            select(ApiToken, User).join(User, isouter=True).where(ApiToken.id == f"tok_{match['id']}")
+            select(ApiToken, User).join(User, isouter=True).where(ApiToken.id == token_id(token))
         ).first()
     if found is None:
         return None

@@ -1,0 +1,186 @@
+"""What a job would do, for programs: POST /api/v1/jobs/preflight, and a data set's profile."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.profiles import Wanted, plan_for, read_result, want_profiles
+from app.services import AnyServices
+from core.errors import UserError
+from core.preflight import JobPlan
+from core.profile import DataProfile, TokenPreview
+from core.spec import parse_spec
+
+router = APIRouter()
+
+RETRY_AFTER_S = 1
+HISTOGRAM_BINS = 40
+
+
+class PreflightRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    spec: dict[str, Any]
+
+
+class Remark(BaseModel):
+    level: Literal["warning", "info"]
+    field: str
+    code: str
+    text: str
+
+
+class Choice(BaseModel):
+    field: str
+    value: str | int | float | bool | None
+    reason: str
+
+
+class Preflight(BaseModel):
+    total_steps: int
+    steps_per_epoch: int
+    rows: int  # of the first epoch
+    warmup_steps: int
+    padding_efficiency: float
+    padded_efficiency: float
+    fill: float
+    learning_rate: list[float]  # of steps 0 to total_steps
+    verdict: list[Remark]  # empty: nothing to remark. What can't run is a 422 instead
+    choices: list[Choice]  # what each `auto` became, and why
+    counts: dict[str, int]  # every row and sample under what becomes of it
+    max_length: int
+    row_length: int
+    samples: int
+    validation_samples: int
+    tokens: int  # of one epoch
+    trained_tokens: int  # of one epoch
+
+
+class Profiling(BaseModel):
+    state: Literal["profiling"] = "profiling"
+    profiles: dict[str, str]  # data set -> wanted | running | ready
+
+
+class ProfileQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    max_length: Annotated[int | None, Field(ge=1)] = None  # tokens
+    train_on: str = "assistant"
+    multi_turn: str = "auto"
+    format: str = "auto"
+    chat_template: str | None = None
+
+
+class LengthBin(BaseModel):
+    below: int  # tokens
+    samples: int
+
+
+class ProfileView(BaseModel):
+    state: Literal["ready"] = "ready"
+    format: str
+    multi_turn: str
+    multi_turn_reason: str
+    rows: int
+    refused_rows: int
+    samples: int
+    tokens: int
+    trained_tokens: int
+    longest: int  # tokens
+    samples_beyond: int | None  # longer than the max_length that was asked about
+    histogram: list[LengthBin]
+    preview: tuple[TokenPreview, ...]
+
+
+@router.post("/api/v1/jobs/preflight", tags=["jobs"], responses={202: {"model": Profiling}})
+def preflight(body: PreflightRequest, services: AnyServices) -> Preflight:
+    """202 while a host measures the data, then 200; 422 with every fault where the job can't run."""
+    plan = plan_for(services, parse_spec(body.spec))
+    return _profiling(plan) if isinstance(plan, Wanted) else preflight_of(plan)  # type: ignore[return-value]  # a Response
+
+
+def preflight_of(plan: JobPlan) -> Preflight:
+    facts = plan.plan_event()
+    renamed = {
+        "rows": "num_rows",
+        "samples": "num_samples",
+        "validation_samples": "num_validation_samples",
+        "tokens": "num_tokens",
+        "trained_tokens": "num_trained_tokens",
+    }
+    return Preflight.model_validate(
+        {
+            **facts,
+            **{name: facts[source] for name, source in renamed.items()},
+            "learning_rate": plan.learning_rates(),
+            "verdict": list(remarks(plan.counts)),
+            "choices": [Choice(field=c.field, value=c.value, reason=c.text()) for c in plan.choices],
+        }
+    )
+
+
+def remarks(counts: dict[str, int]) -> Iterator[Remark]:
+    """What a person should know before they launch, each with its number."""
+    for level, key, total, field in (
+        ("warning", "rows_refused", "rows", "data.train"),
+        ("warning", "samples_too_long", "samples", "data.max_length"),
+        ("warning", "samples_without_trained_tokens", "samples", "data.train_on"),
+        ("info", "rows_beyond_max_samples", "rows", "data.max_samples"),
+        ("info", "rows_held_out", "rows", "data.validation"),
+    ):
+        if counts.get(key):
+            said = UserError(f"verdict.{key}", field, count=counts[key], total=counts[total])
+            yield Remark(level=level, field=field, code=said.code, text=said.text())
+
+
+def _profiling(wanted: Wanted) -> Response:
+    body = Profiling(profiles={name: profile.state for name, profile in wanted.profiles.items()})
+    return JSONResponse(body.model_dump(), status_code=202, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+@router.get("/api/v1/datasets/{name}/profile", tags=["datasets"], responses={202: {"model": Profiling}})
+def get_profile(name: str, asked: Annotated[ProfileQuery, Query()], services: AnyServices) -> ProfileView:
+    """A data set as this model would see it. 202 while a host measures it."""
+    policy = asked.model_dump(include={"train_on", "multi_turn", "format"})
+    spec = parse_spec(
+        {
+            "model": {"base": asked.model, "chat_template": asked.chat_template},
+            "data": {"train": [{"dataset": name}], **policy},
+        }
+    )
+    wanted = want_profiles(services, spec)
+    wanted.refuse_failed()
+    if not wanted.is_ready:
+        return _profiling(wanted)  # type: ignore[return-value]  # a Response
+    return view_of(read_result(wanted.profiles[name]), asked.max_length)
+
+
+def view_of(profile: DataProfile, max_length: int | None) -> ProfileView:
+    lengths = profile.sample_length
+    return ProfileView(
+        format=profile.format,
+        multi_turn=profile.multi_turn,
+        multi_turn_reason=profile.multi_turn_reason,
+        rows=profile.num_rows,
+        refused_rows=profile.num_refused,
+        samples=len(lengths),
+        tokens=sum(lengths),
+        trained_tokens=sum(profile.sample_trained),
+        longest=max(lengths, default=0),
+        samples_beyond=None if max_length is None else sum(length > max_length for length in lengths),
+        histogram=_histogram(lengths),
+        preview=profile.preview,
+    )
+
+
+def _histogram(lengths: list[int]) -> list[LengthBin]:
+    """Equal bins up to the longest sample."""
+    width = max(lengths, default=0) // HISTOGRAM_BINS + 1
+    counts = [0] * (max(lengths, default=0) // width + 1)
+    for length in lengths:
+        counts[length // width] += 1
+    return [LengthBin(below=(index + 1) * width, samples=count) for index, count in enumerate(counts)]

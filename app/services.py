@@ -16,7 +16,6 @@ from app.database import Database
 from app.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-TEMPLATE_DIR = ROOT / "templates"
 STATIC_DIR = ROOT / "static"
 
 
@@ -110,6 +109,8 @@ class Services:
 
 def build_services(settings: Settings, clock: Callable[[], float] = time) -> Services:
     """Opens the database and the folders; starts nothing. `pegbox tokens create` uses it beside a running server."""
+    from app.pages.environment import build_templates  # which knows callers, and they know services
+
     launcher: Launcher = NullLauncher()
     if settings.redis_url:
         from app.launcher import CeleryLauncher  # Celery's import takes a while, and many need none
@@ -122,7 +123,7 @@ def build_services(settings: Settings, clock: Callable[[], float] = time) -> Ser
         clock=clock,
         wake=Wake(),
         launcher=launcher,
-        templates=Jinja2Templates(directory=TEMPLATE_DIR),
+        templates=build_templates(),
     )
 
 

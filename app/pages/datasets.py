@@ -1,0 +1,90 @@
+"""Data sets: what was uploaded, what of it was refused and why, and how the model sees it."""
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from sqlmodel import Session, col, select
+
+from app.datasets import store
+from app.pages.job_row import read_rows
+from app.services import AnyServices
+from app.tables import Dataset, DatasetVersion, Job, Profile
+from core.profile import DataProfile, TokenPreview
+
+router = APIRouter(include_in_schema=False)
+
+MOST_JOBS = 50
+MOST_SAMPLES = 3
+MOST_TOKENS = 1500  # of one sample
+
+
+@router.get("/datasets")
+def datasets_page(request: Request, services: AnyServices) -> Response:
+    with services.database.read() as session:
+        datasets = [
+            {
+                "name": found.dataset.name,
+                "owner": found.owner,
+                "newest": found.version,
+                "num_versions": len(store.versions_of(session, found.dataset)),
+            }
+            for found in store.newest_of_each(session)
+        ]
+    context = {"datasets": datasets, "api_url": f"{services.settings.url}{services.settings.root_path}"}
+    return services.templates.TemplateResponse(request, "datasets.html", context)
+
+
+@router.get("/datasets/{name}")
+def dataset_page(request: Request, services: AnyServices, name: str, version: str = "") -> Response:
+    with services.database.read() as session:
+        found = store.find(session, f"{name}@{version}" if version else name)
+        context = {
+            "dataset": found.dataset,
+            "version": found.version,
+            "versions": store.versions_of(session, found.dataset),
+            "rows": [json.dumps(row, ensure_ascii=False, indent=2) for row in found.version.preview[:MOST_SAMPLES]],
+            "profile": _profile(session, found.version),
+            "jobs": read_rows(session, _jobs_that_used(session, found.dataset), services.clock()),
+        }
+    return services.templates.TemplateResponse(request, "dataset.html", context)
+
+
+def _jobs_that_used(session: Session, dataset: Dataset) -> Sequence[Job]:
+    jobs = session.exec(select(Job).order_by(col(Job.created_at).desc()))
+    used = (job for job in jobs if dataset.name in store.names_in(job.spec))
+    return [job for _, job in zip(range(MOST_JOBS), used, strict=False)]
+
+
+def _profile(session: Session, version: DatasetVersion) -> dict[str, Any] | None:
+    """The newest measured one, whatever its model."""
+    row = session.exec(
+        select(Profile)
+        .where(Profile.data_sha256 == version.sha256, Profile.state == "ready")
+        .order_by(col(Profile.ready_at).desc())
+    ).first()
+    if row is None or row.result is None:
+        return None
+    profile = DataProfile.model_validate_json(zlib.decompress(row.result))
+    num_tokens = sum(profile.sample_length)
+    return {
+        "model": row.model,
+        "num_samples": len(profile.sample_length),
+        "num_tokens": num_tokens,
+        "trained_share": sum(profile.sample_trained) / num_tokens if num_tokens else None,
+        "longest": max(profile.sample_length, default=0),
+        "preview": [
+            {"line": sample.line, "runs": list(runs(sample))} for sample in profile.preview[:MOST_SAMPLES]
+        ],
+    }
+
+
+def runs(sample: TokenPreview) -> Iterator[tuple[bool, str]]:
+    """Neighbours that are all trained, or all not, as one text."""
+    pairs = list(zip(sample.trained, sample.pieces, strict=True))[:MOST_TOKENS]
+    for is_trained, group in groupby(pairs, key=lambda pair: pair[0]):
+        yield is_trained, "".join(piece for _, piece in group)

@@ -1,0 +1,232 @@
+"""One job: its head, tiles, charts, log, config, files and history, and the buttons that change it.
+
+The page is rendered whole from one snapshot of the database and names the last event in it; the stream goes on from
+there. So a reload at any moment shows all that was, and what comes after is neither missing nor there twice.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Form, Request
+from fastapi.responses import RedirectResponse, Response
+from sqlmodel import Session, col, func, select
+
+from app.auth import AnyCaller, Member
+from app.jobs import (
+    JOBS_TOPIC,
+    QUEUE_TOPIC,
+    cancel,
+    checkpoint,
+    extend,
+    get_job,
+    legal_actions,
+    resume,
+    retry,
+    stop,
+    topic_of,
+)
+from app.pages.environment import frame_context, has_vendor_files, translate
+from app.pages.job_row import read_rows
+from app.pages.preflight import curl_command, curve_steps, spec_yaml, told_choices
+from app.services import AnyServices, Services
+from app.tables import ArtifactRow, Attempt, CheckpointRow, Event, Host, Job
+from core.errors import N_
+from core.schedule import Schedule, lr_at
+from core.spec import parse_spec
+from core.states import TERMINAL, JobState
+
+router = APIRouter(include_in_schema=False)
+
+Tab = Literal["overview", "config", "files", "timeline"]
+CHART_METRICS = ("loss", "eval_loss", "learning_rate", "padding_efficiency", "padded_efficiency")
+MOST_POINTS = 2000
+LOG_LINES = 500
+LAST_LINES = 12
+
+# What became of every row and sample, in words; the keys are the plan's.
+COUNTS: dict[str, str] = {
+    "rows": N_("rows in the data"),
+    "rows_refused": N_("refused rows"),
+    "rows_beyond_max_samples": N_("rows beyond the maximum"),
+    "rows_held_out": N_("rows held out for validation"),
+    "rows_taken": N_("rows to train on"),
+    "samples": N_("samples made of them"),
+    "samples_without_trained_tokens": N_("samples without a trained token, left out"),
+    "samples_too_long": N_("samples over the maximum length, left out"),
+    "samples_trained": N_("samples trained an epoch"),
+    "samples_validation": N_("samples for validation"),
+    "samples_validation_dropped": N_("samples for validation, left out"),
+}
+
+
+@router.get("/jobs/{job_id}")
+def job_page(request: Request, services: AnyServices, job_id: str, tab: Tab = "overview") -> Response:
+    with services.database.read() as session:
+        job = get_job(session, job_id)
+        context = job_context(session, services, request, job, tab)
+        context["after"] = _last_event(session, job_id)
+        if tab == "overview":
+            context["log"] = _log(session, job_id, LOG_LINES)
+    root_path = request.scope.get("root_path", "")
+    context["live_url"] = ""
+    if has_vendor_files() and job.state not in TERMINAL:
+        context["live_url"] = f"{root_path}/jobs/{job_id}/live?after={context['after']}&tab={tab}"
+    names = ",".join(CHART_METRICS)
+    context["metrics_url"] = f"{root_path}/api/v1/jobs/{job_id}/metrics?names={names}&x=step&max_points={MOST_POINTS}"
+    return services.templates.TemplateResponse(request, "job.html", context)
+
+
+@router.post("/jobs/{job_id}/{action}")
+def change_job(
+    request: Request,
+    services: AnyServices,
+    caller: Member,
+    job_id: str,
+    action: Literal["cancel", "stop", "resume", "checkpoint", "retry", "extend"],
+    epochs: Annotated[float | None, Form()] = None,
+) -> Response:
+    now, who = services.clock(), caller.name
+    with services.database.write() as session:
+        job = get_job(session, job_id)
+        shown = job
+        match action:
+            case "cancel":
+                cancel(session, job, now=now, who=who)
+            case "stop":
+                stop(session, job, now=now, who=who)
+            case "resume":
+                resume(session, job, now=now, who=who)
+            case "checkpoint":
+                checkpoint(session, job)
+            case "retry":
+                shown = retry(session, job, now=now, who=who, owner=caller.user_id)
+            case "extend":
+                shown = extend(
+                    session, job, now=now, who=who, owner=caller.user_id, epochs=epochs, max_steps=None
+                )
+        shown_id = shown.id
+    services.wake.notify(JOBS_TOPIC, QUEUE_TOPIC, topic_of(job_id))
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/jobs/{shown_id}", 303)
+
+
+def job_context(session: Session, services: Services, request: Request, job: Job, tab: str) -> dict[str, Any]:
+    row = read_rows(session, [job], services.clock())[0]
+    parent = session.get(Job, job.parent) if job.parent else None
+    context: dict[str, Any] = {
+        "job": row,
+        "tab": tab,
+        "actions": legal_actions(job),
+        "parent": parent,
+        "last_lines": [],
+    }
+    if job.state == JobState.FAILED:
+        context["last_lines"] = [line["text"] for line in _log(session, job.id, LAST_LINES)]
+    match tab:
+        case "overview":
+            context["plan"] = planned(job)
+        case "config":
+            spec = parse_spec(job.spec)
+            context |= {
+                "yaml": spec_yaml(spec),
+                "curl": curl_command(services, spec),
+                "choices": told_choices((job.plan or {}).get("choices", [])),
+                "data_counts": [
+                    (translate(COUNTS.get(name, name)), number)
+                    for name, number in (job.plan or {}).get("counts", {}).items()
+                ],
+            }
+        case "files":
+            context |= _files(session, job.id)
+        case "timeline":
+            context |= _history(session, job.id)
+    return context
+
+
+def planned(job: Job) -> dict[str, Any] | None:
+    """The planned curve, by the function that the trainer asks before each step."""
+    plan = job.plan
+    if not plan or plan["decay"] not in ("cosine", "linear", "constant"):
+        return None
+    schedule = Schedule(
+        peak=plan["peak_learning_rate"],
+        total_steps=plan["total_steps"],
+        warmup_steps=plan["warmup_steps"],
+        decay=plan["decay"],
+        min_lr_ratio=plan["min_lr_ratio"],
+    )
+    return {
+        "total_steps": schedule.total_steps,
+        "warmup_steps": schedule.warmup_steps,
+        "curve": [[step, lr_at(schedule, step)] for step in curve_steps(schedule, MOST_POINTS)],
+    }
+
+
+def _last_event(session: Session, job_id: str) -> int:
+    return session.exec(select(func.max(Event.id)).where(Event.job == job_id)).one() or 0
+
+
+def _log(session: Session, job_id: str, most: int) -> list[dict[str, Any]]:
+    events = session.exec(
+        select(Event).where(Event.job == job_id, Event.kind == "log").order_by(col(Event.id).desc()).limit(most)
+    ).all()
+    return [log_line(event) for event in reversed(events)]
+
+
+def log_line(event: Event) -> dict[str, Any]:
+    clock = datetime.fromtimestamp(event.ts, UTC).strftime("%H:%M:%S")
+    return {"ts": event.ts, "clock": clock, "level": event.data.get("level", "info"), "text": event.data.get("text")}
+
+
+def _files(session: Session, job_id: str) -> dict[str, Any]:
+    artifacts = select(ArtifactRow).where(ArtifactRow.job == job_id).order_by(ArtifactRow.name)
+    checkpoints = (
+        select(CheckpointRow)
+        .where(CheckpointRow.job == job_id)
+        .order_by(col(CheckpointRow.attempt).desc(), col(CheckpointRow.step).desc())
+    )
+    return {"artifacts": session.exec(artifacts).all(), "checkpoints": session.exec(checkpoints).all()}
+
+
+def _history(session: Session, job_id: str) -> dict[str, Any]:
+    attempts = session.exec(
+        select(Attempt, Host.name)
+        .join(Host, col(Host.id) == Attempt.host, isouter=True)
+        .where(Attempt.job == job_id)
+        .order_by(col(Attempt.number).desc())
+    ).all()
+    moves = session.exec(
+        select(Event).where(Event.job == job_id, Event.attempt == 0).order_by(col(Event.id).desc())
+    ).all()
+    told = ("state", "desired", "who", "actor", "text")
+    return {
+        "attempts": [
+            {
+                **attempt.model_dump(include={"number", "outcome", "created_at", "ended_at", "text"}),
+                "host": name or attempt.host,
+                "devices": ", ".join(attempt.devices or ()),
+            }
+            for attempt, name in attempts
+        ],
+        "moves": [{"ts": move.ts, **{name: move.data.get(name) for name in told}} for move in moves],
+    }
+
+
+class LiveFragments:
+    """What the streams send as HTML: see app.live."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def job(self, request: Request, job: Job, events: Sequence[Event]) -> str:
+        tab = request.query_params.get("tab", "overview")
+        with self._services.database.read() as session:
+            context = job_context(session, self._services, request, job, tab)
+        context["log"] = [log_line(event) for event in events if event.kind == "log"] if tab == "overview" else []
+        template = self._services.templates.get_template("job_live.html")
+        return template.render(context | frame_context(request))
+
+    def jobs(self, request: Request, jobs: Sequence[Job]) -> str:
+        with self._services.database.read() as session:
+            rows = read_rows(session, jobs, self._services.clock())
+        return self._services.templates.get_template("jobs_live.html").render({"rows": rows} | frame_context(request))

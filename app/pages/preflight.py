@@ -1,0 +1,112 @@
+"""The panel beside the form: what will happen, worked out by the functions that the trainer runs."""
+
+import json
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from app.forms import FormState, spec_of_form, written_spec
+from app.pages import format
+from app.pages.environment import translate
+from app.preflight import remarks
+from app.profiles import plan_for
+from app.services import Services
+from core.errors import N_, USER_FAULTS, Reason
+from core.preflight import JobPlan
+from core.schedule import Schedule, lr_at
+from core.spec import JobSpec, parse_spec
+
+CURVE_WIDTH, CURVE_HEIGHT = 360, 120
+MOST_CURVE_POINTS = 240
+
+MODE_TITLES = {"packed": N_("packed"), "padded": N_("padded, as this form says")}
+
+
+@dataclass(frozen=True)
+class CurveDrawing:
+    """The planned learning rate as an SVG polyline; lengths in the view box's units."""
+
+    points: str
+    warmup_width: float
+    width: int = CURVE_WIDTH
+    height: int = CURVE_HEIGHT
+    left: int = 4
+    right: int = CURVE_WIDTH - 4
+    top: int = 18
+    bottom: int = CURVE_HEIGHT - 18
+
+
+def preflight_context(services: Services, state: FormState) -> dict[str, Any]:
+    """What the panel shows of a form as it stands."""
+    context: dict[str, Any] = {
+        "state": state,
+        "is_profiling": False,
+        "warnings": [],
+        "report": None,
+        "curve": None,
+        "yaml": "",
+        "curl": "",
+    }
+    try:
+        spec = parse_spec(spec_of_form(state))
+        context |= {"yaml": spec_yaml(spec), "curl": curl_command(services, spec)}
+        plan = plan_for(services, spec)
+    except USER_FAULTS as fault:
+        return context | {"state": state.with_errors(fault.errors)}
+    if not isinstance(plan, JobPlan):
+        return context | {"is_profiling": True}
+    context["warnings"] = [remark.text for remark in remarks(plan.counts) if remark.level == "warning"]
+    return context | {"report": _report(plan), "curve": draw(plan.schedule)}
+
+
+def _report(plan: JobPlan) -> dict[str, Any]:
+    facts = plan.plan_event()
+    efficiency, padded = plan.spec.packing.mode, float(str(facts["padded_efficiency"]))
+    mine = float(str(facts["padding_efficiency"]))
+    return facts | {
+        "peak": plan.schedule.peak,
+        "last": lr_at(plan.schedule, plan.total_steps),
+        "mode_title": translate(MODE_TITLES[efficiency]),
+        "ratio": format.significant(mine / padded, 2),
+        "choices": told_choices(facts["choices"]),
+    }
+
+
+def told_choices(choices: Any) -> list[dict[str, Any]]:
+    """What each `auto` became, with its reason in words."""
+    return [
+        {**choice, "why": Reason(choice["code"], choice["parameters"]).text(translate)} for choice in choices
+    ]
+
+
+def curve_steps(schedule: Schedule, most: int) -> list[int]:
+    """Steps to draw the curve at: all, or `most` evenly spread ones; the corner of the warm-up is always among them."""
+    stride = max(1, -(-schedule.total_steps // most))
+    return sorted({*range(0, schedule.total_steps + 1, stride), schedule.warmup_steps, schedule.total_steps})
+
+
+def draw(schedule: Schedule) -> CurveDrawing:
+    empty = CurveDrawing("", 0)
+    x_unit = (empty.right - empty.left) / schedule.total_steps
+    y_unit = (empty.bottom - empty.top) / schedule.peak
+    points = " ".join(
+        f"{empty.left + step * x_unit:.1f},{empty.bottom - lr_at(schedule, step) * y_unit:.1f}"
+        for step in curve_steps(schedule, MOST_CURVE_POINTS)
+    )
+    return CurveDrawing(points, round(schedule.warmup_steps * x_unit, 1))
+
+
+def spec_yaml(spec: JobSpec) -> str:
+    text: str = yaml.safe_dump(written_spec(spec), sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
+def curl_command(services: Services, spec: JobSpec) -> str:
+    body = json.dumps({"spec": written_spec(spec)}, ensure_ascii=False, indent=1)
+    return (
+        f'curl {services.settings.url}{services.settings.root_path}/api/v1/jobs \\\n'
+        f'  -H "Authorization: Bearer $PEGBOX_TOKEN" -H "Content-Type: application/json" \\\n'
+        f"  -d {shlex.quote(body)}"
+    )

@@ -23,11 +23,14 @@ from app.jobs import (
 from app.live import After, LastEventId, api_events, cursor_from, wants_stream
 from app.metrics import NAMES, Point, parse_names, read_curve, thin
 from app.problems import not_found
+from app.profiles import refuse_unplannable
 from app.services import AnyServices, Services
 from app.tables import ArtifactRow, Attempt, CheckpointRow, Event, Host, Job, User
 from app.times import Time
 from core.errors import TEXTS, Reason
+from core.spec import parse_spec
 from core.states import Action, Badge, JobState
+from core.unbuilt import refuse_unbuilt
 
 router = APIRouter(prefix="/api/v1/jobs", tags=["jobs"])
 
@@ -188,8 +191,12 @@ class PatchJob(Body):
 # -- routes --------------------------------------------------------------------------------------------------------
 @router.post("", status_code=status.HTTP_201_CREATED, response_model=JobView)
 def post_job(body: CreateJob, once: OnlyOnce, caller: AnyCaller, services: AnyServices) -> Response:
+    spec = parse_spec(body.spec)
+    refuse_unbuilt(spec)
+    refuse_unplannable(services, spec)
+
     def act(session: Session) -> JobView:
-        job = create_job(session, body.spec, now=services.clock(), who=caller.name, owner=caller.user_id)
+        job = create_job(session, spec, now=services.clock(), who=caller.name, owner=caller.user_id)
         return view_jobs(session, [job], services.clock())[0]
 
     response = once.reply(status.HTTP_201_CREATED, act)

@@ -60,6 +60,7 @@ def create_app(
             app.state.is_ready = True
             yield
             app.state.is_ready = False
+            services.wake.close()
             for loop in reversed(loops):
                 await run_in_threadpool(loop.stop)
         services.database.close()

@@ -71,7 +71,8 @@ class House:
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
     clock = Clock()
-    app = create_app(settings_in(tmp_path / "data"), clock=clock)
+    # No loops: a test makes the dispatcher's and the sweeper's rounds itself.
+    app = create_app(settings_in(tmp_path / "data"), clock=clock, is_leader=False)
     house = House(app, clock)
     with TestClient(app, base_url=ORIGIN):
         with house.services.database.write() as session:

@@ -235,6 +235,10 @@ TEXTS: dict[str, str] = {
         "model.chat_template to chatml"
     ),
     "chat.template_refused": N_("the chat template refuses this conversation: {problem}"),
+    "chat.template_slow": N_(
+        "the chat template takes too long: one rendering used more than {limit_s} s of CPU; mend the template, or set "
+        "model.chat_template to chatml"
+    ),
     # -- model: what a host has ----------------------------------------------------------------------------------
     "model.broken_file": N_("{file} is not readable: {problem}; copy the model again"),
     "model.has_code": N_(
@@ -250,6 +254,12 @@ TEXTS: dict[str, str] = {
     "model.slow_tokenizer": N_("{kind} is no fast tokenizer, which this needs; add the model's tokenizer.json"),
     "model.template_broken": N_("the chat template is not valid: {problem}, line {line}"),
     "model.unknown_template": N_("{name} is not a built-in chat template; choose one of {choices}"),
+    # -- profile: measuring a data set ---------------------------------------------------------------------------
+    "profile.crashed": N_("measuring this data set ended with exit code {code}; the worker's log says more"),
+    "profile.memory": N_(
+        "measuring this data set takes more than {limit_gb} GB of memory; split the file, or shorten its rows"
+    ),
+    "profile.slow": N_("measuring this data set takes more than {limit_s} s of CPU; split the file"),
     # -- app: who calls ------------------------------------------------------------------------------------------
     "auth.bad_token": N_("this token is unknown or revoked; an administrator makes a new one"),
     "auth.csrf": N_("the page's security token is missing or old; reload the page and try again"),

@@ -16,8 +16,13 @@ def heads(length: int, num_heads: int = 4, seed: int = 0) -> torch.Tensor:
 
 
 def by_hand(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None = None,
-    softcap: float | None = None, sinks: torch.Tensor | None = None, scaling: float = 8**-0.5,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    scaling: float = 8**-0.5,
 ) -> torch.Tensor:
     """One position at a time, over what it may see."""
     repeats = query.shape[1] // key.shape[1]

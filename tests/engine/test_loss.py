@@ -39,7 +39,9 @@ def reference(folder: Path, samples: tiny.Given) -> tuple[float, dict[str, torch
 def test_a_packed_step_equals_its_samples_alone(folders: dict[str, Path], family: str) -> None:
     samples = tiny.some_samples()
     step = tiny.step_of(samples)
-    assert any(sum(length > 0 for length in batch.segments[0]) > 2 for batch in step.batches), "rows hold several samples"
+    assert any(sum(length > 0 for length in batch.segments[0]) > 2 for batch in step.batches), (
+        "rows hold several samples"
+    )
     assert len(set(samples.num_targets)) > 3, "samples differ in their trained tokens"
     assert max(samples.lengths) > 3 * tiny.WINDOW, "a window is shorter than a sample"
     expected_loss, expected = reference(folders[family], samples)
@@ -51,7 +53,12 @@ def test_a_packed_step_equals_its_samples_alone(folders: dict[str, Path], family
 
 
 LAYOUTS = [
-    ("packed", 60, 1), ("packed", 80, 2), ("packed", 80, 4), ("packed", 200, 1), ("padded", 60, 1), ("padded", 60, 4),
+    ("packed", 60, 1),
+    ("packed", 80, 2),
+    ("packed", 80, 4),
+    ("packed", 200, 1),
+    ("padded", 60, 1),
+    ("padded", 60, 4),
 ]
 
 
@@ -103,9 +110,7 @@ def test_chunks_of_the_loss_are_of_no_consequence(folders: dict[str, Path], monk
 def test_gradient_checkpointing_changes_nothing(folders: dict[str, Path]) -> None:
     step = tiny.step_of(tiny.some_samples())
     plain = tiny.load(folders["mistral"], method={"type": "lora", "rank": 4})
-    again = tiny.load(
-        folders["mistral"], method={"type": "lora", "rank": 4}, compute={"gradient_checkpointing": True}
-    )
+    again = tiny.load(folders["mistral"], method={"type": "lora", "rank": 4}, compute={"gradient_checkpointing": True})
     assert any(getattr(module, "gradient_checkpointing", False) for module in again.base.modules())
     loss, gradient = tiny.gradients(plain, step)
     loss_again, gradient_again = tiny.gradients(again, step)

@@ -45,7 +45,15 @@ FAMILIES: dict[str, dict] = {
     "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.4},
     "cohere": {"logit_scale": 0.25},
     "phi": {"num_key_value_heads": 4},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": CONTEXT,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
 }
 
 

@@ -139,13 +139,14 @@ def save(
             os.fsync(file.fileno())
         sync_folder(staging)
         final = folder / f"step-{progress.step}"
-        if final.exists():  # one that did not verify: it was passed over and its step made again
-            discard(final)
+        if final.exists():  # damaged and passed over, or saved before its evaluation
+            final.rename(folder / f".tmp-old-{secrets.token_hex(4)}")
         staging.rename(final)
         sync_folder(folder)
         verify(final)
+        remove_leftovers(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
-        if _is_want_of_space(error):
+        if is_want_of_space(error):
             raise NoSpace(str(error)) from error
         raise
     finally:
@@ -153,7 +154,7 @@ def save(
     return final
 
 
-def _is_want_of_space(error: Exception) -> bool:
+def is_want_of_space(error: BaseException) -> bool:
     # safetensors and torch tell it in words only.
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 

@@ -156,7 +156,9 @@ class LanguageModel:
                 self._head = head
                 return
         self._head = None
-        warn("head", "the model's head cannot run apart from it, so logits of whole rows are made: more memory and time")
+        warn(
+            "head", "the model's head cannot run apart from it, so logits of whole rows are made: more memory and time"
+        )
 
     @torch.no_grad()
     def _trial_logits(self, head: Head | None) -> Tensor:

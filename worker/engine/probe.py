@@ -24,9 +24,7 @@ LARGEST_HARMLESS = {torch.float32: 1e-5, torch.bfloat16: 5e-4}
 def measure_leak(model: LanguageModel, seed: int) -> float:
     """How far the second segment's logits move when the first one changes, as a share of their scale."""
     draw = random.Random(seed)
-    first, other, second = (
-        [draw.randrange(1, model.vocabulary) for _ in range(SEGMENT_TOKENS)] for _ in range(3)
-    )
+    first, other, second = ([draw.randrange(1, model.vocabulary) for _ in range(SEGMENT_TOKENS)] for _ in range(3))
     was_training = model.model.training
     model.model.eval()
     logits = [logits_of(model, of_tokens([[neighbour, second]]).to(model.device)) for neighbour in (first, other)]

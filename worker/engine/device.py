@@ -1,0 +1,34 @@
+"""The device that a job was given, as torch names it and as the plan wants to know it."""
+
+import os
+
+import psutil
+import torch
+
+from core.errors import UserError
+from core.wire import Device
+
+
+def find_device(name: str) -> tuple[torch.device, Device]:
+    """`name` as in inputs.json: cpu0, gpu3. With CUDA_VISIBLE_DEVICES set, the job's GPU is the first that is left.
+
+    Raises UserError engine.no_device where torch cannot use it; it never falls back to the CPU."""
+    if not name.startswith("gpu"):
+        memory_bytes = psutil.virtual_memory().total
+        return torch.device("cpu"), Device(id=name, kind="cpu", name="CPU", memory_bytes=memory_bytes)
+    index = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") else int(name.removeprefix("gpu"))
+    try:
+        properties = torch.cuda.get_device_properties(index)
+        torch.zeros(1, device=torch.device("cuda", index))
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        problem = str(error).split("\n")[0]
+        raise UserError("engine.no_device", "parallel.devices", device=name, problem=problem) from error
+    device = Device(
+        id=name,
+        kind="gpu",
+        name=properties.name,
+        memory_bytes=properties.total_memory,
+        has_bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+    )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index), device

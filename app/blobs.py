@@ -110,17 +110,6 @@ class BlobStore:
         finally:
             temporary.unlink(missing_ok=True)
 
-    async def receive(
-        self, chunks: AsyncIterable[bytes], *, max_bytes: int, expected_sha256: str | None = None
-    ) -> StoredBlob:
-        """Stores a body. Raises Problem as `incoming` does, and 422 when the bytes are not those announced."""
-        async with self.incoming(chunks, max_bytes=max_bytes) as blob:
-            found = blob.stored.sha256
-            if expected_sha256 is not None and found != expected_sha256:
-                raise Problem(422, UserError("upload.other_bytes", expected=expected_sha256, found=found))
-            await run_in_threadpool(blob.keep)
-            return blob.stored
-
     def read(self, sha256: str) -> Iterator[bytes]:
         return read_chunks(self.path(sha256))
 

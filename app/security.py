@@ -6,7 +6,6 @@ be 8 MiB. Each request has an id, which is in its reply and in the log. Each rep
 frame or guess anything that isn't ours, and to keep what only a logged-in person may see. A crash is logged whole and
 answered with the id alone."""
 
-import ipaddress
 import logging
 import re
 import secrets
@@ -23,6 +22,7 @@ from core.errors import UserError
 
 log = logging.getLogger(__name__)
 
+HOST_HEADER = re.compile(r"(\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[a-z0-9_.-]+))(:\d{1,5})?")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # What is held in memory at once: forms, specs, batches of events. Files come by PUT, streamed, and have their own cap.
 MAX_BODY_BYTES = 8 * 2**20
@@ -50,11 +50,8 @@ def allowed_hosts(settings: Settings) -> frozenset[str]:
 
 def host_name(host_header: str) -> str:
     """`[::1]:8000` -> `::1`, `Pegbox.lan:80` -> `pegbox.lan`, nonsense -> ""."""
-    try:
-        name = urlsplit(f"//{host_header}").hostname or ""
-        return str(ipaddress.ip_address(name)) if ":" in name else name
-    except ValueError:
-        return ""
+    match = HOST_HEADER.fullmatch(host_header.lower())
+    return (match["address"] or match["name"]) if match else ""
 
 
 class Border:

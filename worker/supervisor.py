@@ -342,7 +342,8 @@ def give_back_directory(directory: Path) -> None:
 def claim(settings: WorkerSettings, server: Server, attempt: wire.AttemptRef) -> wire.Assignment:
     """Raises Stale, or Interrupted where the server does not answer while the launch task waits."""
     host = settings.host_id()
-    deadline = time.monotonic() + settings.handshake_s * 0.8
+    # Half of the launch task's patience; the other half is for starting this process on a busy host.
+    deadline = time.monotonic() + settings.handshake_s / 2
     return insist(
         lambda: server.claim(attempt, host),
         is_unwanted=lambda: time.monotonic() > deadline,
@@ -360,7 +361,7 @@ def supervise(settings: WorkerSettings, attempt: wire.AttemptRef, handshake: Tex
         assignment = claim(settings, server, attempt)
     except (Stale, Interrupted) as error:
         give_back_directory(directory)
-        handshake.write(f"refused: {error or 'the server does not answer'}\n")
+        handshake.write(f"refused: {str(error) or 'the server does not answer'}\n")
         return
     handshake.write("claimed\n")
     handshake.close()

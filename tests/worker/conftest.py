@@ -31,8 +31,11 @@ def ledger() -> Iterator[Ledger]:
 
 @pytest.fixture
 def valkey() -> Iterator[ValkeyServer]:
-    with ValkeyServer() as server:
-        yield server
+    server = ValkeyServer()
+    server.start()
+    yield server
+    if server.is_running():  # a test may have stopped it
+        server.stop()
 
 
 @pytest.fixture

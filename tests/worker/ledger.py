@@ -96,10 +96,7 @@ class Ledger:
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         wait_until(lambda: self._server is not None and self._server.started)
-        if self.redis_url:
-            self._recorder_stop.clear()
-            self._recorder = threading.Thread(target=self._record, args=(self.redis_url,), daemon=True)
-            self._recorder.start()
+        self.start_recorder()
 
     def stop(self) -> None:
         if self._server is not None:
@@ -108,6 +105,15 @@ class Ledger:
             assert self._thread is not None
             self._thread.join()
             self._server = None
+        self.stop_recorder()
+
+    def start_recorder(self) -> None:
+        if self.redis_url:
+            self._recorder_stop.clear()
+            self._recorder = threading.Thread(target=self._record, args=(self.redis_url,), daemon=True)
+            self._recorder.start()
+
+    def stop_recorder(self) -> None:
         if self._recorder is not None:
             self._recorder_stop.set()
             self._recorder.join()

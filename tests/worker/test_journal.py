@@ -13,7 +13,7 @@ from worker.journal import Journal
 from worker.trainer import EventTail, merge_events
 
 TEXT = st.text(max_size=20)
-EVENTS = st.lists(st.tuples(st.sampled_from(["log", "step", "checkpoint"]), TEXT), min_size=1, max_size=12)
+EVENTS = st.lists(st.tuples(st.sampled_from(["log", "step", "checkpoint"]), TEXT), min_size=1, max_size=6)
 
 
 def write(path: Path, events: list[tuple[str, str]]) -> bytes:
@@ -34,7 +34,7 @@ def whole(events: list[tuple[str, str]]) -> list[tuple[int, str, str]]:
 
 
 @given(EVENTS)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8)
 def test_a_journal_cut_at_any_byte_keeps_its_whole_lines(tmp_path: Path, events: list[tuple[str, str]]) -> None:
     path = tmp_path / "journal.jsonl"
     content = write(path, events)

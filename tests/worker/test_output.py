@@ -1,3 +1,5 @@
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +14,7 @@ def lines_of(*pieces: bytes, secrets: tuple[str, ...] = ()) -> list[str]:
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))
 def test_how_the_bytes_arrive_changes_nothing(output: bytes, cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), len(output)]
-    pieces = [output[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
+    pieces = [output[begin:end] for begin, end in itertools.pairwise(edges)]
     assert lines_of(*pieces) == lines_of(output)
 
 

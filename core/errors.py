@@ -255,7 +255,7 @@ TEXTS: dict[str, str] = {
     "model.template_broken": N_("the chat template is not valid: {problem}, line {line}"),
     "model.unknown_template": N_("{name} is not a built-in chat template; choose one of {choices}"),
     # -- profile: measuring a data set ---------------------------------------------------------------------------
-    "profile.crashed": N_("measuring this data set ended with exit code {code}; the worker's log says more"),
+    "profile.crashed": N_("measuring this data set ended with exit code {exit_code}; the worker's log says more"),
     "profile.memory": N_(
         "measuring this data set takes more than {limit_gb} GB of memory; split the file, or shorten its rows"
     ),

@@ -25,6 +25,7 @@ class TokenPreview(Facts):
     line: int
     pieces: tuple[str, ...]
     trained: tuple[bool, ...]
+    num_hidden: int = 0  # tokens of a very long sample that follow and are not shown
 
 
 class DataProfile(Facts):

@@ -1,0 +1,166 @@
+"""`python -m worker.engine.prepare ORDER.json RESULT.json`: measures a data set with a tokenizer, within limits.
+
+A chat template is a program that came with somebody's model, and a data file is what anybody uploaded. transformers'
+sandbox keeps a template from touching the machine, but not from running for ever or filling the memory, so all of it
+happens in a child process that sets limits on itself:
+
+    one rendering   RENDERING_CPU_S by a timer whose signal ends the process, even inside a single long operation of C;
+                    RENDERING_BYTES more memory than before, whose lack is a MemoryError
+    the whole run   CPU_S by RLIMIT_CPU, MEMORY_BYTES over what the imports took by RLIMIT_AS, no core dump
+
+The parent stays small. It waits and writes the result: the child's own, or the sentence that belongs to the signal the
+child died of. The child dies with its parent.
+
+ORDER.json is a `worker.job_directory.PrepareOrder`, RESULT.json a `core.wire.ProfileResult`. Whoever started this
+limits its wall time.
+"""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from core.errors import UserError
+from core.profile import DataProfile, TokenPreview
+from core.wire import ProfileResult
+from worker import dies_with_parent
+from worker.engine.data import MeasuredSet, Reading, read_samples
+from worker.engine.tokenizer import HfChatTokenizer
+from worker.job_directory import PrepareOrder, write_json
+
+RENDERING_CPU_S = 2
+RENDERING_BYTES = 512 * 2**20
+CPU_S = 1800
+MEMORY_BYTES = 16 * 2**30
+NUM_PREVIEWED = 20  # rows
+MAX_PREVIEWED_TOKENS = 4096  # of one sample
+
+CHILD_ENVIRONMENT = {
+    # Each thread's heap reserves 64 MB of addresses, which would count against the limit.
+    "MALLOC_ARENA_MAX": "4",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+def prepare(order_path: Path, result_path: Path) -> None:
+    """Runs the child and leaves a result, whatever becomes of it."""
+    result_path.unlink(missing_ok=True)
+    measuring = [sys.executable, "-m", "worker.engine.prepare", "--measure", str(order_path), str(result_path)]
+    child = subprocess.run(  # noqa: S603  our own module
+        [sys.executable, str(Path(dies_with_parent.__file__)), str(os.getpid()), *measuring],
+        env={**os.environ, **CHILD_ENVIRONMENT},
+        check=False,
+    )
+    if child.returncode != 0:
+        write_json(result_path, _refusal(death_of_child(child.returncode)))
+
+
+def death_of_child(code: int) -> UserError:
+    """What a person is told about an exit code, negative for a signal."""
+    match -code:
+        case signal.SIGPROF:
+            return UserError("chat.template_slow", "model.chat_template", limit_s=RENDERING_CPU_S)
+        case signal.SIGXCPU:
+            return UserError("profile.slow", "data.train", limit_s=CPU_S)
+        case signal.SIGKILL | signal.SIGABRT | signal.SIGSEGV:  # the kernel short of memory, or Rust, or C
+            return _out_of_memory()
+    return UserError("profile.crashed", exit_code=code)
+
+
+def _refusal(error: UserError) -> ProfileResult:
+    return ProfileResult(error=error.text(), field=error.field)
+
+
+def _out_of_memory() -> UserError:
+    return UserError("profile.memory", "data.train", limit_gb=MEMORY_BYTES // 2**30)
+
+
+# -- the child -----------------------------------------------------------------------------------------------------
+def measure(order_path: Path, result_path: Path) -> None:
+    order = PrepareOrder.model_validate_json(order_path.read_bytes())
+    import transformers.models.auto  # noqa: F401  what is imported before limits are set doesn't count
+
+    limit_process()
+    try:
+        result = ProfileResult(profile=measure_profile(order))
+    except UserError as error:
+        result = _refusal(error)
+    except MemoryError:
+        result = _refusal(_out_of_memory())
+    write_json(result_path, result)
+
+
+def measure_profile(order: PrepareOrder) -> DataProfile:
+    tokenizer = HfChatTokenizer.load(Path(order.model_path), order.chat_template, limited_rendering)
+    reading = Reading(order.format, order.train_on, order.multi_turn)
+    measured = read_samples(Path(order.data.path), tokenizer, reading)
+    return measured.profile.model_copy(update={"preview": preview(measured, tokenizer)})
+
+
+def preview(measured: MeasuredSet, tokenizer: HfChatTokenizer) -> tuple[TokenPreview, ...]:
+    """The first rows as the model sees them; of a row that became several samples the last, which holds most."""
+    last_of_row = dict(zip(measured.profile.sample_row, range(len(measured.samples)), strict=True))
+    previews = []
+    for index in list(last_of_row.values())[:NUM_PREVIEWED]:
+        token_ids, trained = measured.samples.sample(index)
+        shown = token_ids[:MAX_PREVIEWED_TOKENS].tolist()
+        previews.append(
+            TokenPreview(
+                line=measured.samples.line(index),
+                pieces=tokenizer.pieces(shown),
+                trained=tuple(trained[: len(shown)].tolist()),
+                num_hidden=len(token_ids) - len(shown),
+            )
+        )
+    return tuple(previews)
+
+
+def limit_process() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 10))
+    limit = _lowered(resource.RLIMIT_AS, _address_space_bytes() + MEMORY_BYTES)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _lowered(kind: int, limit: int) -> int:
+    """`limit`, or the hard limit that is in force already if that is less."""
+    hard = resource.getrlimit(kind)[1]
+    return limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+
+
+def _address_space_bytes() -> int:
+    return int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
+
+
+@contextmanager
+def limited_rendering() -> Iterator[None]:
+    """Bounds what runs within: too long ends the process by SIGPROF, too much memory raises UserError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _lowered(resource.RLIMIT_AS, _address_space_bytes() + RENDERING_BYTES)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    signal.setitimer(signal.ITIMER_PROF, RENDERING_CPU_S)
+    try:
+        yield
+    except MemoryError as error:
+        raise UserError("chat.template_memory", "model.chat_template", limit_mb=RENDERING_BYTES // 2**20) from error
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case ["--measure", order, result]:
+            measure(Path(order), Path(result))
+        case [order, result]:
+            prepare(Path(order), Path(result))
+        case _:
+            sys.exit("usage: python -m worker.engine.prepare ORDER.json RESULT.json")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,208 @@
+"""A model's own tokenizer and chat template, as core.chat asks for them.
+
+Text is rendered by the same function of transformers that serves a model (`apply_chat_template` calls it), so what is
+trained is what will be served; it also records where {% generation %} blocks stand. Tokens come from the Rust
+tokenizer itself, in batches, on a copy of it without its post-processor: that part would put a second BOS before a
+text whose template wrote one, and would cut leading spaces off the tokens' offsets.
+
+What is known of families, so that nobody looks for it twice:
+- Llama 3.x templates write the day's date unless they are given one, so a sample's tokens change at midnight.
+- A generation block inside a macro or a {% set %} block is reported where the macro was called from, not where its
+  text ends up; none of the templates tried does this.
+- Some tokenizers (DeepSeek, GLM) don't flag their end-of-turn token as special; what generation_config.json names as
+  an end counts as special here.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import jinja2
+from tokenizers import Encoding as RustEncoding
+from tokenizers import Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from core.chat import BUILT_IN_TEMPLATES, Encoding, Rendering
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Guard = Callable[[], AbstractContextManager[None]]
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# What a template's own operations may raise, beside jinja's errors: "a" + None, messages[9], x / 0 and the like.
+TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for a character whose bytes are not all there
+MAX_GENERATION_CONFIG_BYTES = 1_000_000
+
+
+class HfChatTokenizer:
+    """A fast tokenizer of transformers; implements `core.chat.ChatTokenizer`."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        chat_template: str | None = None,
+        end_ids: Iterable[int] = (),
+        guard: Guard = nullcontext,
+    ) -> None:
+        """`chat_template` names a built-in one; None takes the tokenizer's own, if it has one. Whatever runs a
+        template, runs within a `guard`."""
+        if not tokenizer.is_fast:
+            raise UserError("model.slow_tokenizer", "model.base", kind=type(tokenizer).__name__)
+        self.tokenizer = tokenizer
+        self._template, self._template_with_tools = _choose_templates(tokenizer.chat_template, chat_template)
+        self._guard = guard
+        for template in (self._template, self._template_with_tools):
+            if template is not None:
+                with guard():
+                    _check_syntax(template)
+        rust = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._bos_id = _prepended_id(rust)
+        rust.post_processor = None
+        rust.no_truncation()
+        rust.no_padding()
+        self._rust = rust
+        flagged = (number for number, token in rust.get_added_tokens_decoder().items() if token.special)
+        self._special_ids = frozenset([*flagged, *end_ids, *([] if self.eos_id is None else [self.eos_id])])
+
+    @classmethod
+    def load(cls, model_path: Path, chat_template: str | None = None, guard: Guard = nullcontext) -> Self:
+        """From a folder, never from the network, and without running code that comes with it."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError("model.no_tokenizer", "model.base", problem=str(error).split("\n")[0]) from error
+        return cls(tokenizer, chat_template, _end_ids(model_path), guard)
+
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
+    @property
+    def has_generation_marks(self) -> bool:
+        templates = (self._template, self._template_with_tools)
+        return all(template is not None and GENERATION_MARK.search(template) for template in templates)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        number: int | None = self.tokenizer.eos_token_id
+        return number
+
+    @property
+    def fingerprint_text(self) -> str:
+        """All that decides which tokens a conversation becomes: tokenizer and template, to be hashed."""
+        return json.dumps([self._rust.to_str(), self._template, self._template_with_tools, sorted(self._special_ids)])
+
+    def render(
+        self, messages: list[dict[str, object]], tools: list[dict[str, object]] | None, add_generation_prompt: bool
+    ) -> Rendering:
+        template = self._template_with_tools if tools else self._template
+        assert template is not None, "has_template is asked first"
+        is_marked = GENERATION_MARK.search(template) is not None
+        try:
+            with self._guard():
+                (text,), marks = render_jinja_template(
+                    [messages],
+                    tools=tools or None,
+                    chat_template=template,
+                    return_assistant_tokens_mask=is_marked,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.tokenizer.special_tokens_map,
+                )
+        except TEMPLATE_FAULTS as error:
+            raise UserError("chat.template_refused", problem=_first_line(error)) from error
+        return Rendering(text, tuple(marks[0]) if is_marked else ())
+
+    def encode(self, text: str) -> Encoding:
+        return self._encoding(self._rust.encode(text, add_special_tokens=False))
+
+    def encode_batch(self, texts: list[str]) -> list[Encoding]:
+        return [self._encoding(encoding) for encoding in self._rust.encode_batch(texts, add_special_tokens=False)]
+
+    def _encoding(self, encoding: RustEncoding) -> Encoding:
+        ids = encoding.ids
+        return Encoding(ids, encoding.offsets, [number in self._special_ids for number in ids])
+
+    def pieces(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """Each token as the text that it adds, one piece a token; joined they are the whole text.
+
+        A character whose bytes are spread over several tokens stands whole in the piece of the last, the others are
+        empty. Decoding looks at the token before, since some tokenizers write a space differently at the beginning."""
+        pieces = []
+        context, begin = 0, 0  # tokens context..begin are shown already and give the decoder its context
+        for end in range(1, len(token_ids) + 1):
+            known = self._decode(token_ids[context:begin])
+            text = self._decode(token_ids[context:end])
+            if end < len(token_ids) and (text.endswith(UNFINISHED) or len(text) <= len(known)):
+                pieces.append("")
+                continue
+            pieces.append(text[len(known) :])
+            context, begin = begin, end
+        return tuple(pieces)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._rust.decode(token_ids, skip_special_tokens=False)
+
+
+def _choose_templates(own: str | dict[str, str] | None, name: str | None) -> tuple[str | None, str | None]:
+    """The template without tools and the one with them; older models bring a separate one for tools."""
+    if name is not None:
+        if name not in BUILT_IN_TEMPLATES:
+            choices = ", ".join(sorted(BUILT_IN_TEMPLATES))
+            raise UserError("model.unknown_template", "model.chat_template", name=name, choices=choices)
+        return BUILT_IN_TEMPLATES[name], BUILT_IN_TEMPLATES[name]
+    if isinstance(own, dict):
+        default = own.get("default")
+        return default, own.get("tool_use", default)
+    return own, own
+
+
+def _check_syntax(template: str) -> None:
+    """Compiles it; transformers keeps the compiled one for the renderings that follow."""
+    try:
+        render_jinja_template([], chat_template=template)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            "model.template_broken", "model.chat_template", problem=_first_line(error), line=error.lineno
+        ) from error
+
+
+def _prepended_id(rust: Tokenizer) -> int | None:
+    """The one token that the tokenizer itself puts before a text."""
+    with_special = rust.encode("a", add_special_tokens=True)
+    first = with_special.ids[:1]
+    return first[0] if first and with_special.special_tokens_mask[0] else None
+
+
+def _end_ids(model_path: Path) -> list[int]:
+    """The tokens at which the model stops when it is served, by its generation_config.json."""
+    path = model_path / "generation_config.json"
+    if not path.is_file() or path.stat().st_size > MAX_GENERATION_CONFIG_BYTES:
+        return []
+    config = json.loads(path.read_bytes())
+    end = config.get("eos_token_id") if isinstance(config, dict) else None
+    ends = end if isinstance(end, list) else [end]
+    return [number for number in ends if isinstance(number, int)]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]

@@ -95,5 +95,5 @@ def test_auto_goes_on_where_flash_does_not_run_and_says_what_it_costs(tmp_path: 
     BloomForCausalLM(BloomConfig(**config)).save_pretrained(tmp_path)
     model = tiny.load(tmp_path, "auto", method={"type": "full"})
     assert model.attention != "flash"
-    ((code, text),) = [warning for warning in model.warnings if warning[0] == "attention"]
+    ((_, text),) = [warning for warning in model.warnings if warning[0] == "attention"]
     assert "N x N" in text and "flash does not run" in text

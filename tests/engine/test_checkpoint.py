@@ -29,7 +29,7 @@ class Run:
 
     def save(self, folder: Path, step: int, loss: float | None = None) -> Path:
         progress = Progress(step=step, evaluated_step=step if loss is not None else 0, eval_loss=loss)
-        return checkpoint.save(folder, self.weights, self.optimizer, progress, tiny.spec_of(), threads=1)
+        return checkpoint.save(folder, self.weights, self.optimizer, progress, spec=tiny.spec_of(), threads=1)
 
     def load(self, path: Path) -> None:
         checkpoint.load_weights(path, 1, self.weights)
@@ -144,7 +144,7 @@ def test_no_room_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
         run.save(tmp_path, 1)
     monkeypatch.undo()
 
-    def full(*args: object) -> None:
+    def full(*args: object, **named: object) -> None:
         raise RuntimeError("[enforce fail] No space left on device")
 
     monkeypatch.setattr(torch, "save", full)

@@ -47,10 +47,15 @@ def test_a_file_that_holds_only_half_a_line_starts_anew(tmp_path: Path) -> None:
 
 def test_numbers_that_are_none_travel_as_null(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    step = dict(step=1, epoch=0.1, learning_rate=1e-4, trained_tokens=1, tokens=2, slots=3, rows=1)
-    step |= dict(
-        padding_efficiency=0.5, padded_efficiency=0.5, tokens_per_s=1.0, step_s=1.0, wait_s=0.0, sample_hash="x"
-    )
+    step = {"step": 1, "epoch": 0.1, "learning_rate": 1e-4, "trained_tokens": 1, "tokens": 2, "slots": 3, "rows": 1}
+    step |= {
+        "padding_efficiency": 0.5,
+        "padded_efficiency": 0.5,
+        "tokens_per_s": 1.0,
+        "step_s": 1.0,
+        "wait_s": 0.0,
+        "sample_hash": "x",
+    }
     with Emitter(path) as emitter:
         emitter.emit(Step, loss=float("nan"), grad_norm=float("inf"), **step)
     (event,) = lines(path)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.engine import jobs
 from worker.engine import checkpoint
-from worker.engine.train import SAMPLE_RECORD
+from worker.engine.records import SAMPLE_RECORD
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +305,7 @@ def test_what_nobody_can_mend_is_internal_and_its_traceback_is_logged(
 def test_a_disk_without_room_is_a_warning_twice_and_then_the_end(
     tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: object) -> None:
+    def full(*args: object, **named: object) -> None:
         raise checkpoint.NoSpace("10 bytes are free, 1,000 are wanted")
 
     monkeypatch.setattr(checkpoint, "save", full)
@@ -424,16 +424,17 @@ def test_a_process_of_its_own_is_kept_out_by_another_and_killed_for_good(
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    log = job / "events.jsonl"
-    was_kept_out = False
-    while process.poll() is None:
-        if log.exists() and log.stat().st_size and not was_kept_out:
-            assert jobs.run(job, monkeypatch) == 70, "one trainer a directory"
-            was_kept_out = True
-        if log.exists() and b'"kind":"step","step":3' in log.read_bytes():
-            process.kill()
+
+    def has_told(text: bytes) -> bool:
+        log = job / "events.jsonl"
+        return process.poll() is not None or (log.exists() and text in log.read_bytes())
+
+    jobs.wait_until(lambda: has_told(b'"kind":"phase"'))
+    assert jobs.run(job, monkeypatch) == 70, "one trainer a directory"
+    jobs.wait_until(lambda: has_told(b'"kind":"step","step":3'))
+    process.kill()
     stdout, _ = process.communicate()
-    assert stdout == b"" and was_kept_out
+    assert stdout == b""
     assert process.returncode == -signal.SIGKILL and not (job / "outcome.json").exists()
     assert jobs.run(job, monkeypatch) == 0
     assert_equal_runs(finished, job)

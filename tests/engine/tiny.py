@@ -18,19 +18,19 @@ from worker.engine.model import LanguageModel, load_model
 VOCABULARY = 96
 CONTEXT = 256
 WINDOW = 8  # shorter than most samples
-_SHARED = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=CONTEXT,
-    bos_token_id=None,
-    eos_token_id=2,
-    pad_token_id=None,
-)
+_SHARED = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
 FAMILIES: dict[str, dict] = {
     "llama": {},
     "qwen2": {},

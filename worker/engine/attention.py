@@ -14,6 +14,7 @@ N x N for every row. Shapes: B rows, H heads, N positions, D head size, L positi
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,24 +65,25 @@ def segmented_attention(
     assert key_BHND.shape[2] == width, "training keeps no cache"
     assert len(segments) == query_BHND.shape[0] and all(sum(row) == width for row in segments)
 
+    needs_scores = softcap is not None or s_aux is not None
+    within = partial(_plain, softcap=softcap, sinks_H=s_aux) if needs_scores else _sdpa
     rows = []
     for row, lengths in enumerate(segments):
-        parts = zip(
-            query_BHND[row : row + 1].split(list(lengths), dim=2),
-            key_BHND[row : row + 1].split(list(lengths), dim=2),
-            value_BHND[row : row + 1].split(list(lengths), dim=2),
-            strict=True,
-        )
-        if softcap is not None or s_aux is not None:
-            outputs = [_plain(*part, dropout, scaling, sliding_window, softcap, s_aux) for part in parts]
-        else:
-            outputs = [_sdpa(*part, dropout, scaling, sliding_window) for part in parts]
+        of_row = (tensor[row : row + 1] for tensor in (query_BHND, key_BHND, value_BHND))
+        parts = zip(*(torch.split(tensor, list(lengths), dim=2) for tensor in of_row), strict=True)
+        outputs = [within(*part, dropout=dropout, scaling=scaling, window=sliding_window) for part in parts]
         rows.append(torch.cat(outputs, dim=2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 
 def _sdpa(
-    query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, dropout: float, scaling: float | None, window: int | None
+    query_BHLD: Tensor,
+    key_BHLD: Tensor,
+    value_BHLD: Tensor,
+    *,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     length = query_BHLD.shape[2]
     if window is None or window >= length:
@@ -116,6 +118,7 @@ def _plain(
     query_BHLD: Tensor,
     key_BHLD: Tensor,
     value_BHLD: Tensor,
+    *,
     dropout: float,
     scaling: float | None,
     window: int | None,

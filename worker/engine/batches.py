@@ -68,17 +68,18 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
-        moved = [
-            tensor.pin_memory().to(device, non_blocking=True)
-            for tensor in (
-                self.token_ids_BN,
-                self.position_ids_BN,
-                self.target_index_T,
-                self.targets_T,
-                self.sample_of_target_T,
-            )
-        ]
-        return Batch(moved[0], moved[1], self.segments, *moved[2:], sample_ids=self.sample_ids)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return replace(
+            self,
+            token_ids_BN=moved(self.token_ids_BN),
+            position_ids_BN=moved(self.position_ids_BN),
+            target_index_T=moved(self.target_index_T),
+            targets_T=moved(self.targets_T),
+            sample_of_target_T=moved(self.sample_of_target_T),
+        )
 
 
 @dataclass(frozen=True)

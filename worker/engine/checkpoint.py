@@ -109,6 +109,7 @@ def save(
     weights: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     progress: Progress,
+    *,
     spec: JobSpec,
     threads: int,
 ) -> Path:
@@ -140,7 +141,7 @@ def save(
         sync_folder(staging)
         final = folder / f"step-{progress.step}"
         if final.exists():  # damaged and passed over, or saved before its evaluation
-            final.rename(folder / f".tmp-old-{secrets.token_hex(4)}")
+            hide(final)
         staging.rename(final)
         sync_folder(folder)
         verify(final)
@@ -180,11 +181,9 @@ def spec_hash(spec: JobSpec) -> str:
     return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
 
 
-def discard(checkpoint: Path) -> None:
-    """Out of sight first: half a checkpoint is never found under its name."""
-    hidden = checkpoint.with_name(f".tmp-old-{secrets.token_hex(4)}")
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
+def hide(checkpoint: Path) -> None:
+    """Out of sight, to be removed: half a checkpoint is never found under its name."""
+    checkpoint.rename(checkpoint.with_name(f".tmp-old-{secrets.token_hex(4)}"))
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -200,7 +199,8 @@ def prune(folder: Path, keep_last: int, keep_best: int) -> None:
     best = [path for _, path in sorted(losses, key=lambda pair: pair[0])[:keep_best]]
     for path in newest_first[keep_last:]:
         if path not in best:
-            discard(path)
+            hide(path)
+    remove_leftovers(folder)
 
 
 def best_in(folder: Path) -> Path | None:

@@ -95,7 +95,7 @@ def _oom_remedy(spec: JobSpec | None) -> str:
     changes = []
     if batch.micro_batch_size > 1:
         changes.append(
-            f"batch.micro_batch_size {batch.micro_batch_size} -> {batch.micro_batch_size // 2} (the steps stay the same)"
+            f"batch.micro_batch_size {batch.micro_batch_size} -> {batch.micro_batch_size // 2} (steps stay the same)"
         )
     if spec.compute.gradient_checkpointing is not True:
         changes.append("compute.gradient_checkpointing -> true (about a third more compute)")

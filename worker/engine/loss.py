@@ -17,8 +17,8 @@ from torch import Tensor
 from worker.engine.batches import Batch
 from worker.engine.model import LanguageModel
 
-# Measured on one CPU thread with a vocabulary of 32,000: 256 rows (32 MiB) are fastest, forward and backward; 2,048 take
-# 1.3x as long, 32 take 1.6x. A GPU wants larger matrices to be busy.
+# Measured on one CPU thread with a vocabulary of 32,000: 256 rows (32 MiB) are fastest, forward and backward; 2,048
+# take 1.3x as long, 32 take 1.6x. A GPU wants larger matrices to be busy.
 CHUNK_LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
@@ -33,17 +33,17 @@ def backward(model: LanguageModel, batch: Batch, num_targets_of_step: int) -> Te
         features_TD = model.features(batch)
     rows = chunk_rows(model.vocabulary, features_TD.device)
     losses, gradients = [], []
-    for features_CD, targets_C in zip(features_TD.split(rows), batch.targets_T.split(rows), strict=True):
+    for features_CD, targets_C in zip(torch.split(features_TD, rows), torch.split(batch.targets_T, rows), strict=True):
         leaf_CD = features_CD.detach().requires_grad_()
         with model.autocast():
             logits_CV = model.logits(leaf_CD)
         losses_C = F.cross_entropy(logits_CV.float(), targets_C, reduction="none")
-        (losses_C.sum() / num_targets_of_step).backward()
+        torch.autograd.backward(losses_C.sum() / num_targets_of_step)
         losses.append(losses_C.detach())
         assert leaf_CD.grad is not None
         gradients.append(leaf_CD.grad)
     if features_TD.requires_grad:  # not where the head alone is trained
-        features_TD.backward(torch.cat(gradients))
+        torch.autograd.backward(features_TD, torch.cat(gradients))
     return torch.cat(losses)
 
 
@@ -54,7 +54,7 @@ def score(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
         features_TD = model.features(batch)
     rows = chunk_rows(model.vocabulary, features_TD.device)
     losses, hits = [], []
-    for features_CD, targets_C in zip(features_TD.split(rows), batch.targets_T.split(rows), strict=True):
+    for features_CD, targets_C in zip(torch.split(features_TD, rows), torch.split(batch.targets_T, rows), strict=True):
         with model.autocast():
             logits_CV = model.logits(features_CD)
         losses.append(F.cross_entropy(logits_CV.float(), targets_C, reduction="none"))

@@ -84,6 +84,7 @@ def save_result(
     folder: Path,
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     spec: JobSpec,
     base_path: Path,
     ends: list[int],
@@ -266,4 +267,17 @@ tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER")
     if facts.eval_loss is not None:
         rows.append(("Loss on held-out samples", f"{facts.eval_loss:.4f}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"---\n{head}tags: [pegbox]\n---\n\n# {spec.name or facts.base}\n\n{kind}, made by Pegbox.\n\n| | |\n|---|---|\n{table}\n\n{use}\n"
+    return f"""---
+{head}tags: [pegbox]
+---
+
+# {spec.name or facts.base}
+
+{kind}, made by Pegbox.
+
+| | |
+|---|---|
+{table}
+
+{use}
+"""

@@ -11,24 +11,18 @@ look up: at a step border it stops if asked to, evaluates, saves. What it promis
   - A step whose loss or gradient is no number ends the run, before anything is saved over the good checkpoints.
   - outcome.json is the last act, whatever happened. One trainer at a time holds a directory, by a lock.
 
-What it writes beside the files of worker.job_directory: step_samples.bin, a record for each sample of each step (see
-`SAMPLE_RECORD`), so that a spike in the loss can be opened and its samples read.
+What it writes beside the files of worker.job_directory: step_samples.bin (see worker.engine.records).
 """
 
-import ctypes
 import fcntl
 import json
 import logging
-import os
 import resource
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -40,13 +34,12 @@ from core import events
 from core.errors import UserError
 from core.packing import as_lengths, padded_efficiency, sample_hash
 from core.preflight import JobPlan, plan_job
-from core.profile import ModelProfile
 from core.schedule import lr_at
 from core.spec import JobSpec, batch_key, parse_spec
 from core.unbuilt import refuse_unbuilt
-from core.wire import Device, MeasuredProfile
+from core.wire import MeasuredProfile
 from worker.engine import checkpoint
-from worker.engine.batches import Ahead, StepBatch, make_batch, steps_from
+from worker.engine.batches import Ahead, make_batch, steps_from
 from worker.engine.checkpoint import Manifest, NoSpace, Progress
 from worker.engine.data import Corpus, load_corpus
 from worker.engine.device import find_device
@@ -57,63 +50,15 @@ from worker.engine.loss import backward
 from worker.engine.model import LanguageModel, load_model
 from worker.engine.models import profile_model
 from worker.engine.probe import leaks, measure_leak
+from worker.engine.records import SampleRecords
 from worker.engine.result import Facts, end_of_turn, save_result, stop_ids
+from worker.engine.signals import Signals, die_with_parent
 from worker.engine.tokenizer import HfChatTokenizer
 from worker.job_directory import EXIT_CODES, Inputs, OutcomeFile, write_atomically, write_json
 
 log = logging.getLogger(__name__)
 
-# Little-endian, 16 bytes a record, appended step by step; where a step stands twice after a resume, the last counts.
-SAMPLE_RECORD = np.dtype([("step", "<u4"), ("sample", "<u4"), ("targets", "<u4"), ("loss_sum", "<f4")])
 MOST_FAILED_SAVES = 3  # in a row, for want of space
-
-
-# -- signals ---------------------------------------------------------------------------------------------------------
-
-
-class Signals:
-    """What the outside has asked for. `interrupts` is on where a stop may end the work at any line."""
-
-    def __init__(self) -> None:
-        self.stop_requested = False
-        self.checkpoint_requested = False
-        self.interrupts = False
-
-    @contextmanager
-    def installed(self) -> Iterator["Signals"]:
-        handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGUSR1: self._checkpoint}
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.stop_requested = True
-        if self.interrupts:
-            self.interrupts = False  # once: a second one must not end what the first has set going
-            raise Stopped
-
-    def _checkpoint(self, number: int, frame: FrameType | None) -> None:
-        self.checkpoint_requested = True
-
-    def obey(self) -> None:
-        """At a border between two phases: a stop whose exception was swallowed by a library's callback."""
-        if self.stop_requested:
-            raise Stopped
-
-
-def die_with_parent() -> None:
-    """With PEGBOX_PARENT_DEATH=1, the kernel kills this process when the one that started it dies, however it dies."""
-    if os.environ.get("PEGBOX_PARENT_DEATH") != "1":
-        return
-    pr_set_pdeathsig = 1
-    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    # It may have died before we asked.
-    if os.getppid() != int(os.environ.get("PEGBOX_PARENT_PID", os.getppid())):
-        sys.exit("the parent ended before the trainer began")
 
 
 # -- the run as it stands --------------------------------------------------------------------------------------------
@@ -158,10 +103,28 @@ class Run:
         self.emitter.phase(phase, done, total)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """All that a step needs, worked out and loaded."""
+
+    plan: JobPlan
+    model: LanguageModel
+    optimizer: torch.optim.AdamW
+    corpus: Corpus
+    tokenizer: HfChatTokenizer
+    ends: list[int]  # tokens that end a text
+    context_length: int  # tokens
+    threads: int
+
+    @property
+    def spec(self) -> JobSpec:
+        return self.plan.spec
+
+
 # -- the article -----------------------------------------------------------------------------------------------------
 
 
-def train(run: Run) -> None:
+def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     """Trains the job of `run.directory` to its result; raises what ended it otherwise."""
     emitter, signals = run.emitter, run.signals
     signals.interrupts = True
@@ -190,7 +153,11 @@ def train(run: Run) -> None:
     # Plan: every step, its samples and its learning rate, before the first of them.
     run.enter("plan")
     profile = profile_model(model_path, inputs.model_name)
-    plan = plan_job(asked, corpus.profiles, profile, device_facts)
+
+    def plan_of(spec: JobSpec) -> JobPlan:
+        return plan_job(spec, corpus.profiles, profile, device_facts)
+
+    plan = plan_of(asked)
     run.spec = plan.spec
     signals.obey()
 
@@ -202,7 +169,9 @@ def train(run: Run) -> None:
 
     # Probe: a model on which packed samples see each other gets one sample a row, or is refused.
     run.enter("probe")
-    plan = keep_apart(run, plan, asked, measure_leak(model, asked.seed), model, corpus, profile, device_facts)
+    leak = measure_leak(model, asked.seed)
+    if plan.settings.mode == "packed" and leaks(model, leak):
+        plan = one_sample_a_row(run, plan, asked, leak, plan_of)
     weights = model.trainable()
     run.plan_fields = {
         **plan.plan_event(),
@@ -212,19 +181,20 @@ def train(run: Run) -> None:
     }
     emitter.emit(events.Plan, **run.plan_fields)
 
+    trained_end = end_of_turn(corpus, plan.selection.train, tokenizer.tokenizer)
+    ends = stop_ids(model, tokenizer.tokenizer, trained_end)
     optimizer = make_optimizer(model, plan.spec)
+    ready = Ready(plan, model, optimizer, corpus, tokenizer, ends, profile.context_length, threads)
     if resumed:
-        resume(run, plan, model, optimizer, *resumed)
+        resume(run, ready, *resumed)
 
     # The largest pass first: if memory runs out, then now.
     run.enter("longest_batch")
-    try_largest_batch(model, optimizer, plan, corpus)
+    try_largest_batch(ready)
     signals.obey()
 
-    trained_end = end_of_turn(corpus, plan.selection.train, tokenizer.tokenizer)
-    ends = stop_ids(model, tokenizer.tokenizer, trained_end)
     signals.interrupts = False
-    make_steps(run, plan, model, optimizer, corpus, tokenizer, frozenset(ends), profile.context_length, threads)
+    make_steps(run, ready)
 
     # Result: saved, opened again, compared.
     signals.interrupts = True
@@ -245,32 +215,28 @@ def train(run: Run) -> None:
         trainable_parameters=run.plan_fields["trainable_parameters"],
         total_parameters=run.plan_fields["total_parameters"],
     )
-    save_result(run.directory / "result", model, tokenizer.tokenizer, plan.spec, model_path, ends, facts)
+    save_result(
+        run.directory / "result",
+        model,
+        tokenizer.tokenizer,
+        spec=plan.spec,
+        base_path=model_path,
+        ends=ends,
+        facts=facts,
+    )
     signals.interrupts = False
 
 
-def make_steps(
-    run: Run,
-    plan: JobPlan,
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    corpus: Corpus,
-    tokenizer: HfChatTokenizer,
-    ends: frozenset[int],
-    context_length: int,
-    threads: int,
-) -> None:
+def make_steps(run: Run, ready: Ready) -> None:  # noqa: PLR0915 (the heart of the article)
     """All steps that are left, and what happens at the borders between them."""
-    spec, signals = plan.spec, run.signals
+    plan, model, optimizer, spec, signals = ready.plan, ready.model, ready.optimizer, ready.spec, run.signals
+    weights = list(model.trainable().values())
     lengths = as_lengths(plan.lengths)
     run.enter("train", run.progress.step, plan.total_steps)
     run.saved_at = time.monotonic()
 
-    def save(*, is_best: bool = False) -> None:
-        save_checkpoint(run, model, optimizer, plan, threads, is_best=is_best)
-
     with (
-        Ahead(steps_from(run.progress.step + 1, plan.total_steps, plan.step, corpus)) as ahead,
+        Ahead(steps_from(run.progress.step + 1, plan.total_steps, plan.step, ready.corpus)) as ahead,
         SampleRecords(run.directory / "step_samples.bin") as records,
     ):
         while True:
@@ -278,12 +244,12 @@ def make_steps(
             step = run.progress.step
             is_best = False
             if step > run.progress.evaluated_step and plan.evaluates_after(step) and not signals.stop_requested:
-                is_best = look_up(run, plan, model, corpus, tokenizer, ends, context_length)
+                is_best = look_up(run, ready)
             is_last = step == plan.total_steps or stops_early(spec, run.progress)
             is_due = is_last or signals.stop_requested or signals.checkpoint_requested or checkpoint_is_due(run, plan)
             # A best one is saved anew even where one of this step stands, which then lacks its evaluation.
             if (step > run.saved_step and is_due) or (is_best and spec.checkpoint.keep_best > 0):
-                save(is_best=is_best)
+                save_checkpoint(run, ready, is_best=is_best)
             signals.checkpoint_requested = False
             if signals.stop_requested:
                 if run.saved_step < step:
@@ -306,7 +272,7 @@ def make_steps(
                 losses_T = backward(model, on_device, batch.num_targets)
                 zeros = torch.zeros(len(on_device.sample_ids), device=model.device)
                 sums.append(zeros.index_add_(0, on_device.sample_of_target_T, losses_T))
-            grad_norm = clip(list(model.trainable().values()), spec.optimizer.max_grad_norm)
+            grad_norm = clip(weights, spec.optimizer.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             # The only place where this thread waits for the device.
@@ -369,29 +335,15 @@ def write_profiles(path: Path, corpus: Corpus) -> None:
     write_atomically(path, TypeAdapter(list[MeasuredProfile]).dump_json(measured))
 
 
-def keep_apart(
-    run: Run,
-    plan: JobPlan,
-    asked: JobSpec,
-    leak: float,
-    model: LanguageModel,
-    corpus: Corpus,
-    profile: ModelProfile,
-    device_facts: Device,
+def one_sample_a_row(
+    run: Run, plan: JobPlan, asked: JobSpec, leak: float, plan_of: Callable[[JobSpec], JobPlan]
 ) -> JobPlan:
-    """The plan itself where packed samples don't see each other, else the same steps with one sample a row.
+    """The same steps with each sample alone, for a model on which packed ones see each other.
 
     Raises UserError engine.leak where steps are made of rows, which would then be other steps."""
-    if plan.settings.mode != "packed" or not leaks(model, leak):
-        return plan
     if batch_key(asked.batch) == "rows_per_step":
         raise UserError("engine.leak", "packing.mode", leak=leak)
-    alone = plan_job(
-        asked.model_copy(update={"packing": asked.packing.model_copy(update={"mode": "padded"})}),
-        corpus.profiles,
-        profile,
-        device_facts,
-    )
+    alone = plan_of(asked.model_copy(update={"packing": asked.packing.model_copy(update={"mode": "padded"})}))
     packing = plan.packing_report()
     run.spec = alone.spec
     run.emitter.warn(
@@ -414,34 +366,29 @@ def make_optimizer(model: LanguageModel, spec: JobSpec) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=spec.optimizer.betas, eps=spec.optimizer.eps, fused=True)
 
 
-def resume(
-    run: Run,
-    plan: JobPlan,
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    path: Path,
-    manifest: Manifest,
-) -> None:
+def resume(run: Run, ready: Ready, path: Path, manifest: Manifest) -> None:
     """Everything as it was behind the checkpoint's step. Raises UserError where the checkpoint is of another job."""
     progress = manifest.progress
+    plan = ready.plan
     if progress.step > plan.total_steps:
         raise UserError("engine.past_the_end", "schedule.epochs", step=progress.step, total_steps=plan.total_steps)
     if sample_hash(plan.step(progress.step).sample_ids) != progress.sample_hash:
         raise UserError("engine.other_data", "data.train", step=progress.step)
-    checkpoint.load_weights(path, progress.step, model.trainable())
-    checkpoint.load_optimizer(path, optimizer)
+    checkpoint.load_weights(path, progress.step, ready.model.trainable())
+    checkpoint.load_optimizer(path, ready.optimizer)
     checkpoint.load_rng(path)
     run.progress = progress
     run.saved_step = progress.step if path.parent == run.checkpoints.resolve() else 0
     log.info("resumed from %s", path)
 
 
-def try_largest_batch(model: LanguageModel, optimizer: torch.optim.Optimizer, plan: JobPlan, corpus: Corpus) -> None:
+def try_largest_batch(ready: Ready) -> None:
     """Forward and backward over the largest micro-batch, with room held for AdamW's moments; leaves no trace."""
     state = checkpoint.rng_state()
-    weights = list(model.trainable().values())
-    held = [] if optimizer.state else [torch.empty_like(weight) for weight in weights for _ in range(2)]
-    batch = make_batch(plan.largest_micro_batch(), corpus)
+    model, optimizer = ready.model, ready.optimizer
+    moments_each = 0 if optimizer.state else 2
+    held = [torch.empty_like(weight) for weight in model.trainable().values() for _ in range(moments_each)]
+    batch = make_batch(ready.plan.largest_micro_batch(), ready.corpus)
     backward(model, batch.to(model.device), batch.num_targets)
     if model.device.type == "cuda":
         torch.cuda.synchronize()
@@ -453,23 +400,16 @@ def try_largest_batch(model: LanguageModel, optimizer: torch.optim.Optimizer, pl
 # -- at a border -----------------------------------------------------------------------------------------------------
 
 
-def look_up(
-    run: Run,
-    plan: JobPlan,
-    model: LanguageModel,
-    corpus: Corpus,
-    tokenizer: HfChatTokenizer,
-    ends: frozenset[int],
-    context_length: int,
-) -> bool:
+def look_up(run: Run, ready: Ready) -> bool:
     """The held-out loss and the answers to sample prompts, as events; whether the loss is the best so far."""
+    plan, model, tokenizer = ready.plan, ready.model, ready.tokenizer
     step = run.progress.step
     run.enter("evaluate")
     is_best = False
     evaluation = None
     if plan.validation_ids:
         layouts = plan.validation_layouts()
-        batches = (make_batch(rows, corpus) for layout in layouts for rows in layout.ranks[0])
+        batches = (make_batch(rows, ready.corpus) for layout in layouts for rows in layout.ranks[0])
         evaluation = evaluate(model, batches, lambda: run.signals.stop_requested)
         if evaluation is None:  # told to stop: it is measured again after the resume
             return False
@@ -485,7 +425,7 @@ def look_up(
     for prompt in plan.spec.evaluation.sample_prompts:
         if run.signals.stop_requested:
             return False
-        written = answer(model, prompt_ids(prompt, tokenizer), ends, context_length)
+        written = answer(model, prompt_ids(prompt, tokenizer), frozenset(ready.ends), ready.context_length)
         text = tokenizer.tokenizer.decode(written, skip_special_tokens=True)
         run.emitter.emit(events.Sample, step=step, prompt=prompt, text=text)
     update: dict[str, Any] = {"evaluated_step": step}
@@ -526,13 +466,18 @@ def checkpoint_is_due(run: Run, plan: JobPlan) -> bool:
     return wanted.every_minutes is not None and time.monotonic() - run.saved_at >= 60 * wanted.every_minutes
 
 
-def save_checkpoint(
-    run: Run, model: LanguageModel, optimizer: torch.optim.Optimizer, plan: JobPlan, threads: int, *, is_best: bool
-) -> None:
+def save_checkpoint(run: Run, ready: Ready, *, is_best: bool) -> None:
     """A save for want of space is put off, not fatal; the third in a row raises NoSpace."""
     run.saved_at = time.monotonic()  # also where it fails: the next try comes an interval later
     try:
-        path = checkpoint.save(run.checkpoints, model.trainable(), optimizer, run.progress, plan.spec, threads)
+        path = checkpoint.save(
+            run.checkpoints,
+            ready.model.trainable(),
+            ready.optimizer,
+            run.progress,
+            spec=ready.spec,
+            threads=ready.threads,
+        )
     except NoSpace as error:
         run.failed_saves += 1
         if run.failed_saves >= MOST_FAILED_SAVES:
@@ -544,7 +489,7 @@ def save_checkpoint(
     manifest = checkpoint.read_manifest(path)
     relative = path.relative_to(run.directory).as_posix()
     run.emitter.emit(events.Checkpoint, step=run.progress.step, path=relative, bytes=manifest.bytes, best=is_best)
-    checkpoint.prune(run.checkpoints, plan.spec.checkpoint.keep_last, plan.spec.checkpoint.keep_best)
+    checkpoint.prune(run.checkpoints, ready.spec.checkpoint.keep_last, ready.spec.checkpoint.keep_best)
 
 
 def take_best_weights(run: Run, weights: dict[str, torch.nn.Parameter]) -> bool:
@@ -570,35 +515,6 @@ def memory_peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class SampleRecords:
-    """step_samples.bin, appended by whole steps; a torn tail is cut off."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab")
-        self._file.truncate(self._file.tell() - self._file.tell() % SAMPLE_RECORD.itemsize)
-
-    def __enter__(self) -> "SampleRecords":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def append(self, batch: StepBatch, loss_sums: list[float]) -> None:
-        samples = [sample for micro_batch in batch.batches for sample in micro_batch.sample_ids]
-        records = np.zeros(len(samples), SAMPLE_RECORD)
-        records["step"] = batch.work.step
-        records["sample"] = samples
-        records["targets"] = np.concatenate(
-            [
-                np.bincount(micro_batch.sample_of_target_T, minlength=len(micro_batch.sample_ids))
-                for micro_batch in batch.batches
-            ]
-        )
-        records["loss_sum"] = loss_sums
-        self._file.write(records.tobytes())
-        self._file.flush()
 
 
 # -- the process -----------------------------------------------------------------------------------------------------

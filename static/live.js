@@ -1,5 +1,22 @@
 // The page's one stream: how it stands (the chip), a first connection that failed, rows that the list hasn't got yet.
 (() => {
+  const log = document.getElementById("log");
+  const follow = document.getElementById("follow");
+  if (log && follow) {
+    const MOST_LINES = 2000;
+    const tail = () => {
+      while (log.childElementCount > MOST_LINES) log.firstElementChild.remove();
+      if (follow.checked) log.scrollTop = log.scrollHeight;
+    };
+    new MutationObserver(tail).observe(log, { childList: true });
+    follow.addEventListener("change", tail);
+    // Who scrolls up wants to read; who scrolls down again follows.
+    log.addEventListener("scroll", () => {
+      follow.checked = log.scrollHeight - log.scrollTop - log.clientHeight < 30;
+    });
+    tail();
+  }
+
   const source = document.querySelector("[data-live]");
   const chip = document.getElementById("live");
   if (!chip) return;
@@ -8,7 +25,7 @@
     chip.textContent = chip.dataset[state];
   };
   if (!source) {
-    show("ended");
+    if (document.getElementById("job")) show("ended");
     return;
   }
 
@@ -44,21 +61,4 @@
       rows.dispatchEvent(new CustomEvent("jobs:new"));
     }
   });
-
-  const log = document.getElementById("log");
-  const follow = document.getElementById("follow");
-  if (log && follow) {
-    const MOST_LINES = 2000;
-    const tail = () => {
-      while (log.childElementCount > MOST_LINES) log.firstElementChild.remove();
-      if (follow.checked) log.scrollTop = log.scrollHeight;
-    };
-    new MutationObserver(tail).observe(log, { childList: true });
-    follow.addEventListener("change", tail);
-    // Who scrolls up wants to read; who scrolls down again follows.
-    log.addEventListener("scroll", () => {
-      follow.checked = log.scrollHeight - log.scrollTop - log.clientHeight < 30;
-    });
-    tail();
-  }
 })();

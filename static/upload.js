@@ -66,12 +66,12 @@
     request.addEventListener("load", () => {
       finish();
       if (request.status < 300) location.assign(form.dataset.page + encodeURIComponent(request.response.name));
-      else tell(request.response?.detail ?? `${request.status}`, "bad");
+      else tell(request.response?.detail ?? `${request.status}`, "bad-text");
     });
     for (const broken of ["error", "timeout"]) {
       request.addEventListener(broken, () => {
         finish();
-        tell(form.dataset.broken, "bad");
+        tell(form.dataset.broken, "bad-text");
       });
     }
     request.addEventListener("abort", () => {

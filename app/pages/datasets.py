@@ -19,6 +19,7 @@ from core.profile import DataProfile, TokenPreview
 router = APIRouter(include_in_schema=False)
 
 MOST_JOBS = 50
+MOST_ROWS = 4
 MOST_SAMPLES = 3
 MOST_TOKENS = 1500  # of one sample
 
@@ -47,7 +48,10 @@ def dataset_page(request: Request, services: AnyServices, name: str, version: st
             "dataset": found.dataset,
             "version": found.version,
             "versions": store.versions_of(session, found.dataset),
-            "rows": [json.dumps(row, ensure_ascii=False, indent=2) for row in found.version.preview[:MOST_SAMPLES]],
+            "rows": [
+                (shown["line"], json.dumps(shown["row"], ensure_ascii=False, indent=2))
+                for shown in found.version.preview[:MOST_ROWS]
+            ],
             "profile": _profile(session, found.version),
             "jobs": read_rows(session, _jobs_that_used(session, found.dataset), services.clock()),
         }

@@ -12,12 +12,14 @@ from app.services import AnyServices
 from core.errors import UserError
 from core.preflight import JobPlan
 from core.profile import DataProfile, TokenPreview
+from core.schedule import lr_at
 from core.spec import parse_spec
 
 router = APIRouter()
 
 RETRY_AFTER_S = 1
 HISTOGRAM_BINS = 40
+MAX_CURVE_STEPS = 100_000
 
 
 class PreflightRequest(BaseModel):
@@ -47,7 +49,8 @@ class Preflight(BaseModel):
     padding_efficiency: float
     padded_efficiency: float
     fill: float
-    learning_rate: list[float]  # of steps 0 to total_steps
+    learning_rate: list[float]  # of the steps 0, stride, 2 x stride, ... up to total_steps
+    learning_rate_stride: int  # 1 up to 100,000 steps
     verdict: list[Remark]  # empty: nothing to remark. What can't run is a 422 instead
     choices: list[Choice]  # what each `auto` became, and why
     counts: dict[str, int]  # every row and sample under what becomes of it
@@ -105,6 +108,7 @@ def preflight(body: PreflightRequest, services: AnyServices) -> Preflight:
 
 def preflight_of(plan: JobPlan) -> Preflight:
     facts = plan.plan_event()
+    stride = -(-plan.total_steps // MAX_CURVE_STEPS)
     renamed = {
         "rows": "num_rows",
         "samples": "num_samples",
@@ -116,7 +120,8 @@ def preflight_of(plan: JobPlan) -> Preflight:
         {
             **facts,
             **{name: facts[source] for name, source in renamed.items()},
-            "learning_rate": plan.learning_rates(),
+            "learning_rate": [lr_at(plan.schedule, step) for step in range(0, plan.total_steps + 1, stride)],
+            "learning_rate_stride": stride,
             "verdict": list(remarks(plan.counts)),
             "choices": [Choice(field=c.field, value=c.value, reason=c.text()) for c in plan.choices],
         }

@@ -392,11 +392,12 @@ def plan_run(
     epoch_plan = lru_cache(maxsize=2)(partial(plan_epoch, lengths, settings, seed))
     first_count = len(epoch_plan(1))
     steps_of_epoch: list[int] = []
+    num_steps = 0
     while True:
         epoch = len(steps_of_epoch) + 1
         count = len(epoch_plan(epoch)) if epochs_differ else first_count
         if max_steps is not None:
-            left = max_steps - sum(steps_of_epoch)
+            left = max_steps - num_steps
             is_last = count >= left
             count = min(count, left)
         else:
@@ -405,6 +406,7 @@ def plan_run(
             if is_last:
                 count = ceil_share(epochs, count) - (epoch - 1) * count
         steps_of_epoch.append(count)
+        num_steps += count
         if is_last:
             return RunPlan(epoch_plan, tuple(steps_of_epoch))
 

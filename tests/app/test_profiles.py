@@ -1,0 +1,238 @@
+"""A data set's profile: wanted, ordered from one host, kept by what it depends on; and the plan that comes of it."""
+
+from typing import Any
+
+from httpx2 import Response
+
+from app.profiles import FAILED_KEPT_S, PATIENCE_S, RESEND_S
+from core.preflight import plan_job
+from core.profile import DataProfile, TokenPreview
+from core.spec import parse_spec
+from core.wire import Device, MeasuredProfile, ProfileResult
+from tests.app.conftest import House
+from tests.app.scene import MODEL, SPEC, FakeHost, connect_host, path_of, put_data, submit
+
+NUM_ROWS = 64
+
+
+def facts(num_rows: int = NUM_ROWS, **more: Any) -> DataProfile:
+    fields: dict[str, Any] = {
+        "num_rows": num_rows,
+        "format": "messages",
+        "multi_turn": "whole",
+        "multi_turn_reason": "the template leaves history as it was",
+        "num_refused": 0,
+        "refused": (),
+        "sample_row": list(range(num_rows)),
+        "sample_length": [10 + row % 50 for row in range(num_rows)],
+        "sample_trained": [5] * num_rows,
+        "sample_turns": [1] * num_rows,
+        "sample_hash": [f"{row:016x}" for row in range(num_rows)],
+        "preview": (TokenPreview(line=1, pieces=("1", "+"), trained=(False, True)),),
+    }
+    return DataProfile.model_validate(fields | more)
+
+
+def preflight(house: House, **spec: Any) -> Response:
+    return house.api("bob").post("/api/v1/jobs/preflight", json={"spec": SPEC | spec})
+
+
+def orders(host: FakeHost) -> list[str]:
+    profiles: list[str] = host.beat().json()["profiles"]
+    return profiles
+
+
+def claim(host: FakeHost, profile: str) -> int:
+    return host.client.post(f"/worker/v1/profiles/{profile}/claim").status_code
+
+
+def measure(host: FakeHost, result: ProfileResult | None = None) -> str:
+    """Claims the one order that there is and answers it."""
+    (profile,) = orders(host)
+    assert claim(host, profile) == 200
+    assert host.post(f"/profiles/{profile}/result", result or ProfileResult(profile=facts())).status_code == 200
+    return profile
+
+
+def test_a_preflight_is_202_until_a_host_has_measured_the_data_and_then_the_plan(house: House) -> None:
+    host = connect_host(house)
+    put_data(house)
+    waiting = preflight(house)
+    assert waiting.status_code == 202 and waiting.headers["retry-after"] == "1"
+    assert waiting.json() == {"state": "profiling", "profiles": {"sums": "wanted"}}
+    (profile,) = orders(host)
+    order = host.client.post(f"/worker/v1/profiles/{profile}/claim").json()
+    assert (order["model"], order["train_on"], order["data"]["dataset"]) == ("demo/tiny-llama", "assistant", "sums")
+    assert preflight(house).json()["profiles"] == {"sums": "running"}
+    assert orders(host) == []
+    host.post(f"/profiles/{profile}/result", ProfileResult(profile=facts()))
+    ready = preflight(house)
+    assert ready.status_code == 200
+    device = Device(id="cpu0", kind="cpu", name="", memory_bytes=2**30)
+    plan = plan_job(parse_spec(SPEC), {"sums": facts()}, MODEL, device)
+    expected = plan.plan_event()
+    got = ready.json()
+    for key in ("total_steps", "steps_per_epoch", "warmup_steps", "padding_efficiency", "padded_efficiency", "fill"):
+        assert got[key] == expected[key], key
+    assert got["rows"] == expected["num_rows"]
+    assert got["learning_rate"] == plan.learning_rates() and got["learning_rate_stride"] == 1
+    assert len(got["learning_rate"]) == got["total_steps"] + 1 == 7
+    assert {choice["field"] for choice in got["choices"]} >= {"data.max_length", "schedule.learning_rate"}
+
+
+def test_what_was_measured_once_is_not_ordered_again(house: House) -> None:
+    host = connect_host(house)
+    put_data(house)
+    preflight(house)
+    measure(host)
+    put_data(house, name="copy")  # the same bytes under another name
+    assert preflight(house, data={"train": [{"dataset": "copy"}]}).status_code == 200
+    assert preflight(house, schedule={"epochs": 1}).status_code == 200
+    assert orders(host) == []
+
+
+def test_another_mask_policy_template_or_file_is_another_profile(house: House) -> None:
+    host = connect_host(house)
+    put_data(house)
+    preflight(house)
+    measure(host)
+    for other in (
+        {"data": SPEC["data"] | {"train_on": "all"}},
+        {"data": SPEC["data"] | {"multi_turn": "split"}},
+        {"model": {"chat_template": "chatml"}},
+    ):
+        assert preflight(house, **other).status_code == 202, other
+        measure(host)
+    house.clock.now += 1
+    put_data(house, content=b'{"text": "other bytes"}\n')
+    assert preflight(house).status_code == 202
+
+
+def test_only_the_host_that_claimed_an_order_may_answer_it(house: House) -> None:
+    host, other = connect_host(house), connect_host(house, "host_b")
+    put_data(house)
+    preflight(house)
+    ordered = {id: orders(each) for id, each in (("host_a", host), ("host_b", other))}
+    assert sorted(len(profiles) for profiles in ordered.values()) == [0, 1]  # one host is asked
+    owner, stranger = (host, other) if ordered["host_a"] else (other, host)
+    (profile,) = orders(owner)
+    assert claim(stranger, profile) == 409
+    assert [claim(owner, profile) for _ in range(2)] == [200, 200]
+    result = ProfileResult(profile=facts())
+    assert stranger.post(f"/profiles/{profile}/result", result).status_code == 404
+    assert owner.post(f"/profiles/{profile}/result", result).status_code == 200
+    assert owner.post(f"/profiles/{profile}/result", ProfileResult(error="late")).status_code == 200
+    assert preflight(house).status_code == 200
+
+
+def test_an_order_that_is_not_taken_goes_to_any_host_that_has_the_model(house: House) -> None:
+    host, other = connect_host(house), connect_host(house, "host_b")
+    put_data(house)
+    preflight(house)
+    asked, idle = (host, other) if orders(host) else (other, host)
+    assert orders(idle) == []
+    house.clock.now += RESEND_S
+    (profile,) = orders(idle)
+    assert claim(idle, profile) == 200
+    assert claim(asked, profile) == 409
+    house.clock.now += PATIENCE_S  # and what a host took and never answered likewise
+    assert orders(asked) == [profile]
+    assert claim(asked, profile) == 200
+
+
+def test_data_that_cannot_be_measured_is_told_and_tried_again_later(house: House) -> None:
+    host = connect_host(house)
+    put_data(house)
+    preflight(house)
+    measure(host, ProfileResult(error="the model has no chat template"))
+    failed = preflight(house)
+    assert failed.status_code == 422
+    assert failed.json()["detail"] == "data.train: sums could not be measured: the model has no chat template"
+    house.clock.now += FAILED_KEPT_S
+    assert preflight(house).status_code == 202
+
+
+def test_what_a_trainer_measured_on_its_way_serves_the_next_preflight(house: House) -> None:
+    host = connect_host(house)
+    put_data(house)
+    job = submit(house)
+    launch = host.running()
+    assert launch.job == job
+    (reference,) = (
+        part["dataset"] for part in house.api("bob").get(f"/api/v1/jobs/{job}").json()["spec"]["data"]["train"]
+    )
+    message = MeasuredProfile(dataset=reference, profile=facts())
+    assert host.post(f"{path_of(launch)}/profile", message).status_code in (200, 204)
+    assert preflight(house).status_code == 200
+
+
+def test_a_spec_that_does_not_fit_its_data_is_refused_with_the_number(house: House) -> None:
+    host = connect_host(house)
+    put_data(house)
+    preflight(house)
+    measure(host)
+    warmup = preflight(house, schedule={"warmup_steps": 100})
+    assert warmup.status_code == 422
+    assert warmup.json()["errors"][0]["code"] == "spec.warmup_longer_than_run"
+    assert "the warm-up of 100 steps does not end within the run of 6 steps" in warmup.json()["detail"]
+    length = preflight(house, data=SPEC["data"] | {"max_length": 8192})
+    assert length.status_code == 422 and "4096" in length.json()["detail"]
+    submitted = house.api("bob").post("/api/v1/jobs", json={"spec": SPEC | {"schedule": {"warmup_steps": 100}}})
+    assert submitted.status_code == 422 and submitted.json()["errors"] == warmup.json()["errors"]
+
+
+def test_every_fault_of_a_spec_is_told_at_once_with_its_key(house: House) -> None:
+    connect_host(house)
+    response = preflight(house, schedule={"learning_rate": -1}, learning_rte=1, data={"train": [{"dataset": "sums"}]})
+    pointers = {error["pointer"]: error for error in response.json()["errors"]}
+    assert response.status_code == 422
+    assert pointers.keys() == {"/schedule/learning_rate", "/learning_rte"}
+    assert pointers["/learning_rte"]["fix"] == "schedule.learning_rate"
+
+
+def test_an_unknown_model_and_data_set_are_named_with_those_there_are(house: House) -> None:
+    put_data(house)
+    nobody = preflight(house)
+    assert nobody.status_code == 422 and "start a worker first" in nobody.json()["detail"]
+    connect_host(house)
+    wrong = preflight(house, model={"base": "demo/tiny-lama"})
+    assert wrong.json()["errors"][0]["pointer"] == "/model/base"
+    assert "no host has the model demo/tiny-lama; known are: demo/tiny-llama" in wrong.json()["detail"]
+    data = preflight(house, data={"train": [{"dataset": "sum"}]})
+    assert data.json()["errors"][0]["pointer"] == "/data/train/0/dataset" and "sums" in data.json()["detail"]
+
+
+def test_a_very_long_run_sends_a_curve_that_can_be_drawn(house: House) -> None:
+    host = connect_host(house)
+    put_data(house)
+    preflight(house)
+    measure(host)
+    got = preflight(house, schedule={"max_steps": 250_000}).json()
+    assert got["total_steps"] == 250_000
+    assert got["learning_rate_stride"] == 3 and len(got["learning_rate"]) == 83_334
+
+
+def test_a_data_sets_profile_shows_lengths_and_tokens(house: House) -> None:
+    host = connect_host(house)
+    put_data(house)
+    address = "/api/v1/datasets/sums/profile?model=demo/tiny-llama&max_length=40"
+    assert house.api("victor").get(address).status_code == 202
+    measure(host)
+    profile = house.api("victor").get(address).json()
+    lengths = facts().sample_length
+    assert (profile["samples"], profile["tokens"], profile["longest"]) == (NUM_ROWS, sum(lengths), max(lengths))
+    assert profile["samples_beyond"] == sum(length > 40 for length in lengths)
+    assert sum(each["samples"] for each in profile["histogram"]) == NUM_ROWS
+    assert profile["histogram"][-1]["below"] > max(lengths) and profile["preview"][0]["trained"] == [False, True]
+    assert house.api("victor").get("/api/v1/datasets/sums/profile").status_code == 422
+    assert house.api("victor").get(f"{address}&train_on=nobody").status_code == 422
+
+
+def test_a_deleted_data_set_takes_its_profiles_along(house: House) -> None:
+    host = connect_host(house)
+    put_data(house)
+    preflight(house)
+    measure(host)
+    assert house.api("bob").delete("/api/v1/datasets/sums").status_code == 204
+    put_data(house)
+    assert preflight(house).status_code == 202

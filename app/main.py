@@ -12,7 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.staticfiles import StaticFiles
 
 from app import health, hosts, job_api, live, models, preflight, presets, worker_api
-from app.auth import admit, ensure_first_user
+from app.auth import admit, link_if_nobody_can_log_in
 from app.auth.api import router as accounts_router
 from app.auth.routes import router as auth_router
 from app.auth.throttle import LoginThrottle
@@ -89,9 +89,9 @@ def create_app(
 def _prepare(services: Services) -> None:
     migrate(services.database)
     services.blobs.remove_unfinished()
-    first = ensure_first_user(services)
-    if first is not None:
-        print(f"Log in once, within a day, at {first.login_link}", flush=True)  # noqa: T201 - for the person who starts it
+    link = link_if_nobody_can_log_in(services)
+    if link is not None:
+        print(f"Log in once, within a day, at {link}", flush=True)  # noqa: T201 - for the person who starts it
 
 
 def _loops(services: Services) -> tuple[Dispatcher | Sweeper | StreamReader, ...]:

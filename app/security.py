@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.problems import respond
@@ -97,6 +98,8 @@ class Border:
             return
         try:
             await self._app(scope, receive_within_limit, send_with_headers)
+        except ClientDisconnect:
+            log.info("request %s %s: the client went away", request_id, scope["method"])
         except Exception as error:
             log.error("request %s %s %s failed", request_id, scope["method"], ascii(scope["path"]), exc_info=error)
             if has_started:

@@ -11,7 +11,7 @@ from app.auth.admission import (
     needs,
 )
 from app.auth.caller import Caller, Role
-from app.auth.sessions import ensure_first_user, mint_login_link
+from app.auth.sessions import link_if_nobody_can_log_in, mint_login_link
 from app.auth.tokens import create_token, revoke_token
 
 __all__ = [
@@ -24,8 +24,8 @@ __all__ = [
     "admit",
     "caller_or_nobody",
     "create_token",
-    "ensure_first_user",
     "get_caller",
+    "link_if_nobody_can_log_in",
     "mint_login_link",
     "needs",
     "revoke_token",

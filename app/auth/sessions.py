@@ -5,7 +5,6 @@ that the browser came with, so an id planted before the log-in is worth nothing 
 and user again: a log-out, a new role or a disabled user counts from the next request on."""
 
 import secrets
-from dataclasses import dataclass
 from typing import cast
 
 from sqlalchemy import delete
@@ -112,15 +111,14 @@ def use_link(services: Services, token: str) -> str | None:
         return link.user
 
 
-@dataclass(frozen=True)
-class FirstStart:
-    login_link: str
-
-
-def ensure_first_user(services: Services) -> FirstStart | None:
-    """On an empty database: the user `admin`, without a password, and a link. Nobody ever gets a default password."""
+def link_if_nobody_can_log_in(services: Services) -> str | None:
+    """An empty database gets the user `admin`, without a password: nobody ever gets a default one. As long as there
+    is no password and no session, each start has a link to print; the first one may have been lost."""
     with services.database.write() as session:
-        if session.exec(select(User.id).limit(1)).first() is not None:
-            return None
-        session.add(User(id=new_id("user"), name="admin", role="admin", created_at=services.clock()))
-    return FirstStart(mint_login_link(services))
+        if session.exec(select(User.id).limit(1)).first() is None:
+            session.add(User(id=new_id("user"), name="admin", role="admin", created_at=services.clock()))
+            session.flush()
+        has_password = session.exec(select(User.id).where(col(User.password_hash).is_not(None)).limit(1)).first()
+        live = select(LoginSession.user).where(col(LoginSession.expires_at) >= services.clock())
+        has_session = session.exec(live.limit(1)).first()
+    return None if has_password or has_session else mint_login_link(services)

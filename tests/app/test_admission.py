@@ -140,6 +140,22 @@ def test_a_strangers_host_name_is_refused_on_every_route(house: House, host: str
         assert response.status_code == 400 and "set PEGBOX_URL" in response.text, path
 
 
+def test_a_body_without_a_length_is_cut_at_the_limit(house: House) -> None:
+    pieces = (b"x" * 2**20 for _ in range(9))
+    response = house.api("bob").post("/api/v1/jobs", content=pieces, headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
+    assert "larger than 8,388,608 bytes" in response.json()["detail"]
+
+
+def test_the_api_is_described_for_its_users_alone(house: House) -> None:
+    schema = house.api("victor").get("/api/v1/openapi.json").json()
+    assert schema["openapi"].startswith("3.1")
+    assert schema["paths"].keys() >= {"/api/v1/jobs", "/api/v1/datasets/{name}", "/api/v1/jobs/preflight"}
+    assert not any(path.startswith("/settings") for path in schema["paths"])
+    for path in ("/openapi.json", "/docs", "/redoc"):
+        assert house.api("alice").get(path).status_code == 404
+
+
 @pytest.mark.parametrize("host", ["localhost", "localhost:9", "127.0.0.1:8000", "[::1]:8000", "LOCALHOST"])
 def test_our_own_names_are_answered(house: House, host: str) -> None:
     assert house.client(Host=host).get("/healthz").status_code == 200

@@ -1,10 +1,14 @@
 """Uploads: what is taken, and what is said about what isn't."""
 
 import json
+import socket
+import threading
+import time
 import tracemalloc
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import anyio
+import uvicorn
 from fastapi.testclient import TestClient
 from httpx2 import Response
 
@@ -207,3 +211,32 @@ def test_what_a_killed_process_left_of_an_upload_is_removed_at_the_next_start(ho
     (incoming / "half").write_bytes(b"half a file")
     house.services.blobs.remove_unfinished()
     assert list(incoming.iterdir()) == []
+
+
+def test_an_upload_that_is_cut_leaves_nothing_and_the_server_goes_on(house: House) -> None:
+    """Over a real socket: a client that goes away is what no in-process client can play."""
+    server = uvicorn.Server(uvicorn.Config(house.app, lifespan="off", log_level="warning"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        head = (
+            "PUT /api/v1/datasets/sums HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n"
+            f"Authorization: Bearer {house.tokens['bob']}\r\n\r\n"
+        )
+        with socket.create_connection(listener.getsockname()) as client:
+            client.sendall(head.encode() + GOOD)
+            wait_until(lambda: num_files(house) == 1)
+        wait_until(lambda: num_files(house) == 0)
+        assert put(house.api("bob"), GOOD).status_code == 201
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def wait_until(condition: Callable[[], bool], patience_s: float = 30.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        threading.Event().wait(0.01)

@@ -37,7 +37,7 @@ def log_in(house: House, name: str, password: str, **form: str) -> TestClient:
 def test_the_first_start_prints_a_link_that_makes_an_administrator(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with TestClient(create_app(settings_in(tmp_path), clock=Clock()), base_url=ORIGIN) as client:
+    with TestClient(create_app(settings_in(tmp_path), clock=Clock(), is_leader=False), base_url=ORIGIN) as client:
         printed = capsys.readouterr().out
         link = printed.split()[-1]
         assert link.startswith(f"{ORIGIN}/login/") and len(link.removeprefix(f"{ORIGIN}/login/")) == 43
@@ -45,8 +45,19 @@ def test_the_first_start_prints_a_link_that_makes_an_administrator(
         assert response.headers["location"] == "/jobs"
         me = client.get("/api/v1/users/me").json()
         assert (me["name"], me["role"]) == ("admin", "admin")
-    with TestClient(create_app(settings_in(tmp_path), clock=Clock()), base_url=ORIGIN):
+    with TestClient(create_app(settings_in(tmp_path), clock=Clock(), is_leader=False), base_url=ORIGIN):
         assert "/login/" not in capsys.readouterr().out
+
+
+def test_a_start_prints_a_new_link_as_long_as_nobody_can_log_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    links = set()
+    for _ in range(2):
+        with TestClient(create_app(settings_in(tmp_path), clock=Clock(), is_leader=False), base_url=ORIGIN) as client:
+            links.add(capsys.readouterr().out.split()[-1])
+    assert len(links) == 2
+    assert all(client.get(link).status_code == 200 for link in links)
 
 
 def test_a_link_logs_in_once_and_a_preview_does_not_use_it_up(house: House) -> None:

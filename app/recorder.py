@@ -62,6 +62,7 @@ BLOCK_MS = 1000  # so that a stop is noticed
 SHORTEST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 5.0
 CONSUMER = "recorder"  # always the same, so that a restart finds what it had been handed
+LARGEST = 2**53  # whole numbers up to here are exact for every reader of JSON
 SMOOTHING = 0.1  # share of the newest step in seconds_per_step
 TRAINING_PHASE = "train"
 PROGRESS = (Phase, Plan, Step, Eval, Checkpoint, End)
@@ -133,6 +134,7 @@ def _record_attempt(session: Session, attempt: Attempt, events: dict[int, WireEv
         row |= {"ts": wire.ts if math.isfinite(wire.ts) else now, "data": storable(wire.data)}
         try:
             event = parse_event({**row["data"], "seq": wire.seq, "ts": row["ts"], "kind": wire.kind})
+            _refuse_absurd(event)
             points = points_of_event(event) if isinstance(event, Step | Eval) else []
         except (ValueError, OverflowError) as error:
             effects.events.append(row | {"kind": "warning", "data": _unreadable(wire.kind, row["data"], error)})
@@ -259,6 +261,14 @@ def _write_points(session: Session, effects: _Effects) -> None:
     if effects.points:
         session.connection().execute(insert(Metric).prefix_with("OR REPLACE"), effects.points)
         effects.points.clear()
+
+
+def _refuse_absurd(event: Event | RawEvent) -> None:
+    """Raises ValueError on what fits no column."""
+    if isinstance(event, Step | Eval | Checkpoint) and not 0 <= event.step <= LARGEST:
+        raise ValueError(f"step {event.step} is no step")
+    if isinstance(event, Checkpoint) and not 0 <= event.bytes <= LARGEST:
+        raise ValueError(f"{event.bytes} is no size")
 
 
 def storable(value: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
-from jinja2 import TemplateNotFound
+from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi.templating import Jinja2Templates
 from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 
@@ -107,13 +107,8 @@ def respond(
         "errors": errors,
         "request_id": request_id,
     }
-    try:
-        response: Response = request.app.state.services.templates.TemplateResponse(
-            request, "error.html", context, status_code=status, headers=dict(headers or {})
-        )
-    except TemplateNotFound:
-        response = HTMLResponse(f"<!doctype html><title>{status}</title><h1>{status}</h1>", status, dict(headers or {}))
-    return response
+    templates: Jinja2Templates = request.app.state.services.templates
+    return templates.TemplateResponse(request, "error.html", context, status_code=status, headers=dict(headers or {}))
 
 
 def _sentence(error: UserError) -> str:
@@ -134,9 +129,7 @@ def _validation_faults(error: RequestValidationError) -> Iterator[UserError]:
 def install_problems(app: FastAPI) -> None:
     async def on_problem(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, Problem)
-        return respond(
-            request, problem.status, problem.error.errors, headers=problem.headers, members=problem.members
-        )
+        return respond(request, problem.status, problem.error.errors, headers=problem.headers, members=problem.members)
 
     async def on_user_fault(request: Request, fault: Exception) -> Response:
         assert isinstance(fault, UserError | UserErrors)

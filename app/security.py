@@ -12,6 +12,7 @@ import secrets
 from urllib.parse import urlsplit
 
 from fastapi import Request
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -68,6 +69,7 @@ class Border:
         sent_id = headers.get("x-request-id", "")
         request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(8)
         scope["request_id"] = request_id
+        is_static = get_route_path(scope).startswith(STATIC_PREFIX)  # now: a mount changes the scope
         has_started = False
 
         async def send_with_headers(message: Message) -> None:
@@ -75,9 +77,12 @@ class Border:
             if message["type"] == "http.response.start":
                 has_started = True
                 reply = MutableHeaders(scope=message)
+                if is_static:
+                    # An address with a digest (?v=) names one content for ever; without, the browser has to ask.
+                    is_pinned = message["status"] in (200, 304) and scope["query_string"].startswith(b"v=")
+                    reply["Cache-Control"] = "public, max-age=31536000, immutable" if is_pinned else "no-cache"
                 for name, value in HEADERS.items():
-                    if name != "Cache-Control" or not scope["path"].startswith(STATIC_PREFIX):
-                        reply.setdefault(name, value)
+                    reply.setdefault(name, value)
                 reply["X-Request-Id"] = request_id
             await send(message)
 

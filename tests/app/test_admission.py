@@ -161,6 +161,16 @@ def test_our_own_names_are_answered(house: House, host: str) -> None:
     assert house.client(Host=host).get("/healthz").status_code == 200
 
 
+def test_only_what_is_public_and_named_by_its_content_may_be_kept_by_a_browser(house: House) -> None:
+    stranger = house.client()
+    assert stranger.get("/static/app.css?v=0123").headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert stranger.get("/static/app.css").headers["cache-control"] == "no-cache"
+    assert stranger.get("/static/none.css?v=0123").headers["cache-control"] == "no-cache"
+    assert house.api("bob").get("/api/v1/users/me").headers["cache-control"] == "no-store"
+    for path in ("/static/../app/main.py", "/static/%2e%2e/app/main.py", "/static//etc/passwd", "/static/..%5capp"):
+        assert stranger.get(path).status_code in (303, 404), path
+
+
 def test_a_request_id_is_taken_over_if_it_is_one(house: House) -> None:
     assert house.client(**{"X-Request-Id": "abc-1"}).get("/healthz").headers["x-request-id"] == "abc-1"
     assert house.client(**{"X-Request-Id": "a b<script>"}).get("/healthz").headers["x-request-id"] != "a b<script>"

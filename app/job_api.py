@@ -20,7 +20,7 @@ from app.jobs import (
     legal_actions,
     topic_of,
 )
-from app.live import After, LastEventId, api_events, cursor_from, wants_stream
+from app.live import After, EventView, LastEventId, api_events, cursor_from, wants_stream
 from app.metrics import NAMES, Point, parse_names, read_curve, thin
 from app.problems import not_found
 from app.profiles import refuse_unplannable
@@ -81,15 +81,6 @@ class JobList(BaseModel):
     data: list[JobView]
     next_cursor: str | None
     has_more: bool
-
-
-class EventView(BaseModel):
-    id: int
-    attempt: int
-    seq: int
-    ts: float
-    kind: str
-    data: dict[str, Any]
 
 
 class EventList(BaseModel):

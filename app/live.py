@@ -29,6 +29,7 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
+from pydantic import BaseModel
 from sqlmodel import Session, col, func, select
 
 from app.auth import admit
@@ -51,6 +52,17 @@ MEDIA_TYPE = "text/event-stream"
 
 After = Annotated[int | None, Query(ge=0, description="The id of the last event that is known already.")]
 LastEventId = Annotated[str | None, Header()]
+
+
+class EventView(BaseModel):
+    """An event as programs get it, in a list or in a stream."""
+
+    id: int
+    attempt: int
+    seq: int
+    ts: float
+    kind: str
+    data: dict[str, Any]
 
 
 class Fragments(Protocol):
@@ -110,7 +122,8 @@ def api_events(request: Request, services: Services, job_id: str, cursor: int) -
     def look(cursor: int) -> Look:
         with services.database.read() as session:
             job, events = _job_and_events(session, job_id, cursor)
-        told = tuple(message(event.id or 0, dump_event(event)) for event in events)
+        views = [EventView.model_validate(event, from_attributes=True) for event in events]
+        told = tuple(message(event.id, event.model_dump_json()) for event in views)
         return _with_end(Look(_last_id(events, cursor), told, len(events) == PAGE_EVENTS), job)
 
     return stream(request, services, topic_of(job_id), look, cursor)
@@ -125,10 +138,6 @@ def cursor_from(after: int | None, last_event_id: str | None) -> int:
     if last_event_id is not None and last_event_id.isascii() and last_event_id.isdigit():
         return int(last_event_id)
     return after or 0
-
-
-def dump_event(event: Event) -> str:
-    return json.dumps(event.model_dump(exclude={"job"}), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def message(id: int, data: str, event: str | None = None) -> bytes:
@@ -153,6 +162,10 @@ async def _follow(request: Request, services: Services, topic: str, look: Looker
     while not services.wake.is_closed:
         seen = services.wake.version(topic)
         looked_at = time.monotonic()
+        if looked_at - admitted_at >= ADMIT_EVERY_S:
+            if not await _is_admitted(request):
+                return
+            admitted_at = looked_at
         found = await run_in_threadpool(look, cursor)
         cursor = found.cursor
         for each in found.messages:
@@ -165,10 +178,6 @@ async def _follow(request: Request, services: Services, topic: str, look: Looker
         elif now - spoken_at >= COMMENT_EVERY_S:
             yield format_sse_event(comment="alive")
             spoken_at = now
-        if now - admitted_at >= ADMIT_EVERY_S:
-            if not await _is_admitted(request):
-                return
-            admitted_at = now
         if not found.is_full:
             await services.wake.wait_async(topic, seen, COMMENT_EVERY_S)
             await asyncio.sleep(max(0.0, looked_at + SHORTEST_LOOK_S - time.monotonic()))

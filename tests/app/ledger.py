@@ -1,6 +1,6 @@
 """A database with a host and jobs, without the web around it: for what holds of every sequence of moves and batches."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sqlmodel import SQLModel, col, select
@@ -12,7 +12,7 @@ from app.recorder import Batch, record
 from app.services import Services, build_services
 from app.tables import ApiToken, Attempt, Event, Host, Job, Metric
 from core.spec import parse_spec
-from core.wire import AttemptRef, WireEvent
+from core.wire import AttemptRef, Device, HostReport, WireEvent
 from tests.app.conftest import NOW, Clock, settings_in
 from tests.app.scene import MODEL, SPEC
 
@@ -71,19 +71,32 @@ class Ledger:
 
 def open_ledger(folder: Path, redis_url: str = "") -> Ledger:
     clock = Clock()
-    settings = settings_in(folder)
-    if redis_url:
-        from dataclasses import replace
-
-        settings = replace(settings, redis_url=redis_url)
-    services = build_services(settings, clock)
+    services = build_services(replace(settings_in(folder), redis_url=redis_url), clock)
     SQLModel.metadata.create_all(services.database.engine)
-    report = {
-        "host": HOST, "name": "anna", "models": [MODEL.model_dump()], "versions": {}, "num_cpus": 2, "memory_bytes": 1,
-        "devices": [{"id": "cpu0", "kind": "cpu", "name": "CPU slot", "memory_bytes": 1}],
-    }  # fmt: skip
+    add_host(services)
+    return Ledger(services, clock)
+
+
+def add_host(services: Services) -> None:
+    report = HostReport(
+        host=HOST,
+        name="anna",
+        devices=(Device(id="cpu0", kind="cpu", name="CPU slot", memory_bytes=1),),
+        models=(MODEL,),
+        versions={},
+        num_cpus=2,
+        memory_bytes=1,
+    )
     with services.database.write() as session:
         session.add(ApiToken(id="tok_a", name="a", role="worker", secret_sha256="a", created_at=NOW))
         session.flush()
-        session.add(Host(id=HOST, name="anna", token="tok_a", report=report, registered_at=NOW, beat_at=NOW))
-    return Ledger(services, clock)
+        session.add(
+            Host(
+                id=HOST,
+                name="anna",
+                token="tok_a",
+                report=report.model_dump(mode="json"),
+                registered_at=NOW,
+                beat_at=NOW,
+            )
+        )

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 from fastapi.testclient import TestClient
+from sqlmodel import col, select
 
 from app.auth import create_token
 from app.dispatcher import dispatch_once
@@ -21,7 +22,6 @@ from core.wire import (
     HostReport,
     WireEvent,
 )
-from sqlmodel import col, select
 from tests.app.conftest import House
 
 MODEL = ModelProfile(
@@ -64,9 +64,7 @@ class FakeHost:
         return self.client.post(f"/worker/v1{path}", json=message.model_dump(mode="json"))
 
     def register(self, num_slots: int = 2) -> httpx.Response:
-        devices = tuple(
-            Device(id=f"cpu{i}", kind="cpu", name="CPU slot", memory_bytes=2**30) for i in range(num_slots)
-        )
+        devices = tuple(Device(id=f"cpu{i}", kind="cpu", name="CPU slot", memory_bytes=2**30) for i in range(num_slots))
         report = HostReport(
             host=self.id,
             name=f"name of {self.id}",
@@ -86,9 +84,7 @@ class FakeHost:
         return self.client.post(f"/worker/v1{path_of(launch)}/claim", json=body)
 
     def heartbeat(self, launch: AttemptRef) -> httpx.Response:
-        return self.client.post(
-            f"/worker/v1{path_of(launch)}/heartbeat", json={"fence": launch.fence, "last_seq": 0}
-        )
+        return self.client.post(f"/worker/v1{path_of(launch)}/heartbeat", json={"fence": launch.fence, "last_seq": 0})
 
     def send(self, launch: AttemptRef, events: Iterable[WireEvent]) -> httpx.Response:
         return self.post(f"{path_of(launch)}/events", EventBatch(fence=launch.fence, events=tuple(events)))

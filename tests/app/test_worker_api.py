@@ -313,7 +313,9 @@ def test_a_job_that_makes_no_progress_is_shown_as_stalled(house: House, host: Fa
 def test_the_version_of_the_data_is_the_one_of_the_submit(house: House, host: FakeHost) -> None:
     job = submit(house)
     before = job_of(house.services, job).spec["data"]["train"][0]["dataset"]
-    put_data(house, content=b'{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n' * 9)
+    put_data(
+        house, content=b'{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n' * 9
+    )
     other = submit(house)
     assert job_of(house.services, other).spec["data"]["train"][0]["dataset"] != before
     launch = next(launch for launch in dispatch_once(house.services) if launch.job == job)

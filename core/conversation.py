@@ -62,7 +62,7 @@ class PromptCompletion:
 Parsed = Conversation | RawText | PromptCompletion
 
 # How many of a data set's first good rows decide what `auto` is; the upload and the trainer look at the same.
-FORMAT_ROWS = 1000
+FORMAT_ROWS = 200
 
 EXPECTED_KEYS: dict[Format, str] = {
     "messages": "messages (a list of objects with role and content)",

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.chat import ChatTokenizer, MultiTurn, Sample, TrainOn, build_samples_many, choose_multi_turn
-from core.conversation import Format, Parsed, detect_format, parse_row
+from core.conversation import FORMAT_ROWS, Format, Parsed, detect_format, parse_row
 from core.errors import UserError
 from core.profile import DataProfile, RefusedRow
 from core.rows import RefusedRow as UnreadRow
@@ -33,7 +33,7 @@ from worker.job_directory import Inputs
 CHUNK_BYTES = 1 << 20
 # Good rows that decide the format, and whether `auto` keeps conversations whole. A later conversation whose history
 # doesn't stand is split by itself and counted.
-NUM_DECIDING_ROWS = 200
+NUM_DECIDING_ROWS = FORMAT_ROWS
 ROWS_PER_BATCH = 256  # enough to keep the Rust tokenizer's threads busy
 MAX_REFUSED_LISTED = 1000
 NUM_REASONS_TOLD = 3

@@ -18,6 +18,7 @@ import yaml
 from core.errors import UserError
 from core.preflight import plan_job
 from core.spec import JobSpec, ValidationDataset, is_path, parse_spec
+from worker.gpus import sample_gpus
 from worker.job_directory import InputFile, Inputs, OutcomeFile, write_json
 
 BUILT_IN_MODEL = "demo/tiny-llama"
@@ -79,6 +80,7 @@ def prepare_directory(spec: JobSpec, out: Path, model_roots: tuple[Path, ...], *
         model_name=spec.model.base,
         data=tuple(_find_data(name) for name in _dataset_names(spec)),
         resume=tuple(str(path) for path in _checkpoints(out)),
+        devices=(_own_device(),),
         threads=int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
     )
     (out / "outcome.json").unlink(missing_ok=True)
@@ -123,6 +125,12 @@ def _find_data(name: str) -> InputFile:
     return InputFile(dataset=name, path=str(path.resolve()), sha256=digest)
 
 
+def _own_device() -> str:
+    """This machine's first GPU where it has one: one that torch can't use is an error then, never a slow CPU run.
+    CUDA_VISIBLE_DEVICES="" asks for the CPU."""
+    return "gpu0" if sample_gpus() and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu0"
+
+
 def _find_model(base: str, model_roots: tuple[Path, ...]) -> Path:
     folder = Path(base).expanduser()
     for candidate in (folder, *(root / base for root in model_roots)):
@@ -139,9 +147,9 @@ def _find_model(base: str, model_roots: tuple[Path, ...]) -> Path:
 def print_plan(spec: JobSpec, model_roots: tuple[Path, ...]) -> int:
     """`--dry-run`: reads model and data as a run would, and prints what it would do, as one JSON object on stdout."""
     from worker.engine.data import load_corpus
-    from worker.engine.inventory import first_device
+    from worker.engine.device import find_device
     from worker.engine.models import profile_model
-    from worker.engine.tokenizer import load_tokenizer
+    from worker.engine.tokenizer import HfChatTokenizer
 
     model_path = _find_model(spec.model.base, model_roots)
     inputs = Inputs(
@@ -149,9 +157,9 @@ def print_plan(spec: JobSpec, model_roots: tuple[Path, ...]) -> int:
         model_name=spec.model.base,
         data=tuple(_find_data(name) for name in _dataset_names(spec)),
     )
-    tokenizer = load_tokenizer(model_path, spec.model.chat_template)
+    tokenizer = HfChatTokenizer.load(model_path, spec.model.chat_template)
     corpus = load_corpus(spec, inputs, tokenizer, lambda done, total: None)
-    plan = plan_job(spec, corpus.profiles, profile_model(model_path, spec.model.base), first_device())
+    plan = plan_job(spec, corpus.profiles, profile_model(model_path, spec.model.base), find_device(_own_device())[1])
     shown = {**plan.plan_event(), "learning_rate": plan.learning_rates(), "spec": plan.spec.model_dump(mode="json")}
     sys.stdout.write(json.dumps(shown, ensure_ascii=False, indent=1) + "\n")
     return 0

@@ -225,9 +225,7 @@ def test_validation_layouts_hold_each_sample_once() -> None:
 
 def test_the_plan_event_is_complete_but_for_what_the_model_tells() -> None:
     plan = plan_of(profile(lengths_of(600)))
-    event = Plan(
-        seq=1, ts=0.0, trainable_parameters=1, total_parameters=2, attention="flash", **plan.plan_event()
-    )  # type: ignore[arg-type]
+    event = Plan(seq=1, ts=0.0, trainable_parameters=1, total_parameters=2, attention="flash", **plan.plan_event())  # type: ignore[arg-type]
     assert event.total_steps == plan.total_steps and event.padding_efficiency > event.padded_efficiency
 
 

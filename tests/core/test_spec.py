@@ -175,8 +175,12 @@ def test_method_full_has_no_adapter_knobs() -> None:
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-        lambda inner: st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from([*JobSpec.model_fields, "dataset", "x", "epochs", "type"]), inner, max_size=4),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from([*JobSpec.model_fields, "dataset", "x", "epochs", "type"]), inner, max_size=4
+            )
+        ),
         max_leaves=12,
     )
 )

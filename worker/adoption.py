@@ -7,6 +7,7 @@ killed, the events that the trainer had written are numbered into the journal, a
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from core import wire
 from worker.delivery import EXIT, FINISHED, deliver
 from worker.diagnosis import Diagnosis, never_started, supervisor_died
-from worker.job_directory import ExitFile, write_json
+from worker.job_directory import ExitFile, Inputs, write_json
 from worker.journal import JOURNAL, Journal
 from worker.processes import ProcessId, mark_of, sweep
 from worker.server import Server, Stale, insist
@@ -56,6 +57,15 @@ def _unfinished(jobs: Path) -> Iterator[FoundAttempt]:
         except (FileNotFoundError, ValidationError):  # given back just now, or no file of ours
             continue
         yield FoundAttempt(found.attempt, found.process, path.parent)
+
+
+def devices_in_use(settings: WorkerSettings) -> frozenset[str]:
+    """Those of the attempts that live on this host."""
+    devices: set[str] = set()
+    for found in live_attempts(settings):
+        with suppress(FileNotFoundError):  # it is still gathering its inputs
+            devices |= set(Inputs.model_validate_json((found.directory / "inputs.json").read_bytes()).devices)
+    return frozenset(devices)
 
 
 def live_attempts(settings: WorkerSettings) -> list[FoundAttempt]:

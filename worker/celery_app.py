@@ -11,10 +11,12 @@ afar, and only JSON is read, so that whoever can write to Redis can at most caus
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Literal
 
 from celery import Celery
+from celery.platforms import SecurityWarning
 
 from core import wire
 from worker import tasks
@@ -62,12 +64,24 @@ def consume(settings: WorkerSettings, consumer: Consumer, redis_url: str) -> Non
     def prepare(profile: str) -> None:
         tasks.prepare(settings, profile)
 
+    # Celery warns root of pickled messages; this app reads JSON only, and in a container root is the rule.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     host = settings.host_id()
     queue = wire.launch_queue(host) if consumer == "launch" else wire.prepare_queue(host)
     app.worker_main(
         [
-            *("worker", "--queues", queue, "--hostname", f"{consumer}@{host}", "--pool", "solo"),
-            *("--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "WARNING"),
+            *("--quiet", "worker", "--queues", queue, "--hostname", f"{consumer}@{host}"),
+            *(
+                "--pool",
+                "solo",
+                "--concurrency",
+                "1",
+                "--without-gossip",
+                "--without-mingle",
+                "--without-heartbeat",
+                "--loglevel",
+                "WARNING",
+            ),
         ]
     )
 

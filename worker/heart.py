@@ -34,7 +34,7 @@ class Heart(threading.Thread):
         self._server, self._attempt, self._progress = server, attempt, progress
         self._on_orders = on_orders
         self._interval_s = interval_s
-        self._stop = threading.Event()
+        self._stopping = threading.Event()
         self.orders: wire.AttemptOrders | None = None  # the newest
         self.is_stale = False
 
@@ -43,7 +43,7 @@ class Heart(threading.Thread):
         return self.orders.desired if self.orders else "run"
 
     def run(self) -> None:
-        while not self._stop.is_set():
+        while not self._stopping.is_set():
             try:
                 self.orders = self._server.heartbeat(
                     self._attempt,
@@ -60,8 +60,8 @@ class Heart(threading.Thread):
             except Stale:
                 self.is_stale = True
                 return
-            self._stop.wait(self._interval_s)
+            self._stopping.wait(self._interval_s)
 
     def stop(self) -> None:
-        self._stop.set()
+        self._stopping.set()
         self.join()

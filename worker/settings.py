@@ -50,7 +50,7 @@ class WorkerSettings(BaseModel):
     # No event for this long, once steps have begun, is a hang; slow steps stretch it to 20 of their median.
     hang_s: float = 600.0
     prepare_limit_s: float = 1800.0
-    inventory_limit_s: float = 300.0
+    inventory_limit_s: float = 1800.0  # the first one hashes every model below the roots
 
     trainer_argv: tuple[str, ...] = (sys.executable, "-m", "worker.engine.train")
     prepare_argv: tuple[str, ...] = (sys.executable, "-m", "worker.engine.prepare")

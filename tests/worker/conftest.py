@@ -124,6 +124,8 @@ def make_host(tmp_path: Path) -> Iterator[Callable[[Ledger], Host]]:
         left = [pid for entry in host.ledger.attempts.values() for pid in marked(mark_of(entry.ref))]
         host.clean_up()
         assert not left, f"processes {left} outlived their attempt"
+        for log in host.settings.worker_dir.rglob("supervisor.log"):
+            assert "Traceback" not in log.read_text(), log.read_text()
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ PRESETS: tuple[Preset, ...] = (
         {
             "name": "tiny demo",
             "model": {"base": "demo/tiny-llama"},
-            "data": {"train": [{"dataset": "demo-dialogues"}], "max_length": 1024},
+            "data": {"train": [{"dataset": "demo-dialogues"}]},
             "method": {"type": "lora", "rank": 16, "alpha": 32},
             # A model of 2 M parameters takes, and needs, larger steps than a model of billions.
             "schedule": {"learning_rate": 3e-3, "epochs": 3},

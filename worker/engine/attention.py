@@ -27,7 +27,15 @@ Segments = Sequence[Sequence[int]]  # per row: the lengths of its segments, whic
 
 # Says where a token stands or what to return; nothing that attention within a segment would compute otherwise.
 WITHOUT_EFFECT = frozenset(
-    {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+    {
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+    }
 )
 
 

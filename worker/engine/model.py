@@ -220,16 +220,19 @@ def _with_adapters(base: PreTrainedModel, method: Adapter, start_from: str | Non
     if start_from is not None:
         return _from_adapter(base, method, Path(start_from), warn)
     refuse_unknown_modules(base, method)
+    targets = _targets(base, method)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=method.rank,
         # Servers read alpha as a whole number where it is one.
         lora_alpha=int(method.alpha) if float(method.alpha).is_integer() else method.alpha,
         lora_dropout=method.dropout,
-        target_modules=_targets(base, method),
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in targets),  # GPT-2 transposes
         modules_to_save=list(method.modules_to_save) or None,
         use_rslora=method.use_rslora,
         use_dora=method.use_dora,
+        ensure_weight_tying=_saves_a_tied_layer(base, method),
     )
     # Adapters in fp32 also over a base in bf16: autocast_adapter_dtype is PEFT's name for it.
     with _by_the_old_names():
@@ -277,6 +280,14 @@ def _targets(base: PreTrainedModel, method: Adapter) -> list[str]:
     if not targets:
         raise UserError("engine.no_targets", "method.exclude_modules")
     return targets
+
+
+def _saves_a_tied_layer(base: PreTrainedModel, method: Adapter) -> bool:
+    """Where head and embedding share their weight, training one in full means training both."""
+    if not base.config.get_text_config().tie_word_embeddings:
+        return False
+    saved = [module for name, module in base.named_modules() if _is_named(name, method.modules_to_save)]
+    return any(module in (base.get_input_embeddings(), base.get_output_embeddings()) for module in saved)
 
 
 def refuse_unknown_modules(base: PreTrainedModel, method: Adapter) -> None:

@@ -1,4 +1,4 @@
-"""step_samples.bin: the loss of each sample of each step, so that a spike in the curve can be opened and its samples read.
+"""step_samples.bin: the loss of each sample of each step, so that a spike in the curve can be opened and read.
 
 `np.fromfile(path, SAMPLE_RECORD)` reads it; a sample is named by its global id (core.preflight). Where a step stands
 twice after a resume, the last counts.

@@ -14,12 +14,12 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
@@ -154,12 +154,10 @@ def verify_adapter(folder: Path, model: LanguageModel) -> None:
     """Opens the saved adapter beside the trained one on the same base, then merges the trained one."""
     assert isinstance(model.model, PeftModel)
     tensors = _read(folder, ["adapter_model.safetensors"])
-    trained = {name.replace(".default", ""): weight for name, weight in model.trainable().items()}
-    saved = {name: tensor.shape for name, tensor in tensors.items()}
-    # PEFT writes modules_to_save by the layer's own name.
-    expected = {name.replace(".modules_to_save", ""): weight.shape for name, weight in trained.items()}
-    if saved != expected:
-        raise BrokenResult(f"the adapter on disk has other tensors than were trained: {_first_of(saved, expected)}")
+    trained = get_peft_model_state_dict(model.model, save_embedding_layers=False)
+    in_it = {tensor.data_ptr() for tensor in trained.values()}
+    assert all(weight.data_ptr() in in_it for weight in model.trainable().values()), "PEFT saves all that was trained"
+    _demand_same(tensors, trained)
     ups = [tensor for name, tensor in tensors.items() if "lora_B" in name or "lora_embedding_B" in name]
     if not any(bool(tensor.any()) for tensor in ups):
         raise BrokenResult("every B of the adapter is zero, so it changes nothing")
@@ -181,9 +179,7 @@ def verify_model(folder: Path, model: LanguageModel) -> None:
     """Opens the saved model a second time and compares names, shapes and logits."""
     tensors = _read(folder, sorted(path.name for path in folder.glob("*.safetensors")))
     own = model.base.state_dict()
-    for name, tensor in tensors.items():
-        if name not in own or own[name].shape != tensor.shape:
-            raise BrokenResult(f"the model on disk has another {name} than was trained")
+    _demand_same(tensors, {name: tensor for name, tensor in own.items() if name in tensors})
     again, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=model.base.dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
@@ -209,9 +205,12 @@ def _read(folder: Path, names: list[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _first_of(saved: dict[str, torch.Size], expected: dict[str, torch.Size]) -> str:
-    name = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))[0]
-    return f"{name} is {saved.get(name)} on disk and {expected.get(name)} in memory"
+def _demand_same(saved: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+    for name in sorted(saved.keys() | trained.keys()):
+        if name not in saved or name not in trained:
+            raise BrokenResult(f"{name} is only {'on disk' if name in saved else 'in memory'}")
+        if not torch.equal(saved[name], trained[name].cpu()):
+            raise BrokenResult(f"{name} on disk is not what was trained")
 
 
 def _demand_equal(what: str, trained: Tensor, other: Tensor, tolerance: float) -> None:
@@ -230,7 +229,7 @@ def model_card(spec: JobSpec, facts: Facts) -> str:
     if isinstance(method, Adapter):
         kind = f"A LoRA adapter (rank {method.rank}, alpha {method.alpha:g})"
         use = f"""```python
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained("{facts.base}")

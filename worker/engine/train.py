@@ -205,7 +205,8 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
         eval_loss = run.progress.best_eval_loss
     facts = Facts(
         base=inputs.model_name,
-        datasets=tuple(part.dataset for part in asked.data.train),
+        # Of a path only the file's name: the card travels.
+        datasets=tuple(Path(part.dataset).name for part in asked.data.train),
         steps=run.progress.step,
         epochs=run.progress.epoch,
         trained_tokens=run.progress.trained_tokens,

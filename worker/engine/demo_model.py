@@ -47,7 +47,7 @@ NUM_TOKENIZER_PARAGRAPHS = 6000
 NUM_TOKENIZER_DIALOGUES = 600
 # One conversation to so many paragraphs: it shall know the shape of a dialogue, and leave the rest to the fine-tune.
 PARAGRAPHS_PER_DIALOGUE = 6
-STEPS = 130
+STEPS = 80
 SEQUENCES_PER_STEP = 4
 SEQUENCE_LENGTH = 128  # tokens
 PEAK_LEARNING_RATE = 4e-3
@@ -188,7 +188,7 @@ def enlarge_inputs(model: "LlamaForCausalLM", gain: float) -> None:
 
     The usual learning rates come from models thousands wide, whose layers sum thousands of inputs; a step of the same
     size in an adapter of a layer 128 wide moves its output so much less that a demo of some fifty steps would show
-    next to nothing. Measured at 2e-4 with rank 16: the loss of 30 steps of demo-dialogues fell by 0.1, enlarged by 0.5.
+    next to nothing. Measured with rank 16 at 2e-4 on demo-dialogues: the loss of step 25 is 2.97 so, and 3.21 without.
     """
     import torch
 

@@ -32,8 +32,8 @@ from worker.processes import MARK
 HUB_PATIENCE_S = 3.0
 DEFAULT_HUB = "https://huggingface.co"
 VERSIONS_TOLD = ("torch", "transformers", "peft", "tokenizers", "safetensors")
-# With more than this in use somebody computes on a GPU; a desktop's few hundred MB don't count. Memory tells, since in a
-# container the driver doesn't list other people's processes.
+# With more than this in use somebody computes on a GPU; a desktop's few hundred MB don't count. Memory tells, since in
+# a container the driver doesn't list other people's processes.
 BUSY_BYTES = 1 << 30
 
 
@@ -103,6 +103,8 @@ def gpu_devices(wanted: str) -> tuple[tuple[Device, ...], dict[str, str]]:
     """The GPUs that torch can use, and why it can't use the others that the driver lists."""
     if wanted == "none":
         return (), {}
+    # The driver counts along the bus, CUDA the fastest first unless it is told.
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     listed = list_gpus()
     if wanted != "all":
         indices = {int(index) for index in wanted.split(",")}

@@ -23,14 +23,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.errors import UserError
 from core.profile import DataProfile, TokenPreview
 from core.wire import ProfileResult
 from worker import dies_with_parent
-from worker.engine.data import MeasuredSet, Reading, read_samples
-from worker.engine.tokenizer import HfChatTokenizer
 from worker.job_directory import PrepareOrder, write_json
+
+# The parent needs neither, and each takes a second.
+if TYPE_CHECKING:
+    from worker.engine.data import MeasuredSet
+    from worker.engine.tokenizer import HfChatTokenizer
 
 RENDERING_CPU_S = 2
 RENDERING_BYTES = 512 * 2**20
@@ -95,13 +99,16 @@ def measure(order_path: Path, result_path: Path) -> None:
 
 
 def measure_profile(order: PrepareOrder) -> DataProfile:
+    from worker.engine.data import Reading, read_samples
+    from worker.engine.tokenizer import HfChatTokenizer
+
     tokenizer = HfChatTokenizer.load(Path(order.model_path), order.chat_template, limited_rendering)
     reading = Reading(order.format, order.train_on, order.multi_turn)
     measured = read_samples(Path(order.data.path), tokenizer, reading)
     return measured.profile.model_copy(update={"preview": preview(measured, tokenizer)})
 
 
-def preview(measured: MeasuredSet, tokenizer: HfChatTokenizer) -> tuple[TokenPreview, ...]:
+def preview(measured: "MeasuredSet", tokenizer: "HfChatTokenizer") -> tuple[TokenPreview, ...]:
     """The first rows as the model sees them; of a row that became several samples the last, which holds most."""
     last_of_row = dict(zip(measured.profile.sample_row, range(len(measured.samples)), strict=True))
     previews = []

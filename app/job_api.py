@@ -20,6 +20,7 @@ from app.jobs import (
     legal_actions,
     topic_of,
 )
+from app.jobs.create import settle
 from app.live import After, EventView, LastEventId, api_events, cursor_from, wants_stream
 from app.metrics import NAMES, Point, parse_names, read_curve, thin
 from app.problems import not_found
@@ -184,6 +185,8 @@ class PatchJob(Body):
 def post_job(body: CreateJob, once: OnlyOnce, caller: AnyCaller, services: AnyServices) -> Response:
     spec = parse_spec(body.spec)
     refuse_unbuilt(spec)
+    with services.database.read() as session:
+        settle(session, spec)  # tells of all names that are unknown, where a plan would stop at the first
     refuse_unplannable(services, spec)
 
     def act(session: Session) -> JobView:

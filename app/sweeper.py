@@ -1,7 +1,7 @@
 """Notices silence, each five seconds, by this server's clock alone.
 
     a launch that nobody claimed    30 s: sent again; 120 s: back to the queue under a new fence
-    an attempt without a heartbeat  60 s: shown as unreachable (a badge, app.jobs.badges), nothing else: it may well be
+    an attempt without a heartbeat  60 s: shown as unreachable (a badge, app.jobs.badge), nothing else: it may well be
                                     training on, and its host reports it dead when it comes back without it
     ... for 15 minutes              given up where nothing is lost by it: no checkpoint lies on that host yet, or a
                                     person wants the job ended anyway

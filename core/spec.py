@@ -760,8 +760,6 @@ def _fault(field: str, details: list[ErrorDetails]) -> UserError:  # noqa: PLR09
             return UserError("spec.missing", field)
         case "greater_than_equal":
             return UserError("spec.at_least", field, value=value, limit=context["ge"])
-        case "greater_than" if isinstance(context["gt"], int) and isinstance(detail["input"], int):
-            return UserError("spec.at_least", field, value=value, limit=context["gt"] + 1)
         case "greater_than":
             return UserError("spec.above", field, value=value, limit=context["gt"])
         case "less_than_equal":

@@ -3,7 +3,8 @@
   const charts = document.getElementById("charts");
   const source = document.querySelector("[data-live]");
   if (!charts || !window.uPlot) return;
-  const plan = JSON.parse(document.getElementById("plan").textContent);
+  const planned = document.getElementById("plan");
+  let plan = null;
 
   // name -> Map(step -> value); the plan is a series like any other.
   const points = new Map();
@@ -13,7 +14,16 @@
       for (const [step, value] of pairs) points.get(name).set(step, value);
     }
   };
-  if (plan) add({ planned: plan.curve });
+  // Known before the first step, and again when an attempt plans anew.
+  let seenPlan = "";
+  const readPlan = () => {
+    if (planned.dataset.plan === seenPlan) return false;
+    seenPlan = planned.dataset.plan;
+    plan = JSON.parse(seenPlan);
+    points.set("planned", new Map(plan?.curve ?? []));
+    return true;
+  };
+  readPlan();
 
   const share = (value) => `${(value * 100).toFixed(1)} %`;
   const rate = (value) => (value === 0 ? "0" : value.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e"));
@@ -36,9 +46,7 @@
         { name: "learning_rate", colour: "s1", width: 2 },
       ],
       range: (u, low, high) => [0, (high || 1) * 1.08],
-      shadeTo: plan?.warmup_steps,
-      // The whole plan is in sight from the first step on.
-      end: plan?.total_steps,
+      shadeTo: () => plan?.warmup_steps,
     },
     padding_efficiency: {
       format: share,
@@ -62,7 +70,8 @@
     return [steps, ...lines.map((line) => steps.map((step) => points.get(line.name)?.get(step)))];
   };
 
-  const shade = (until) => (u) => {
+  const shade = (end) => (u) => {
+    const until = end?.();
     if (!until) return;
     const [left, right] = [u.valToPos(0, "x", true), u.valToPos(until, "x", true)];
     const from = Math.max(left, u.bbox.left);
@@ -132,7 +141,8 @@
     draw() {
       const data = aligned(this.kind.lines);
       this.plot.setData(data);
-      this.empty.hidden = this.measured().some((line) => points.get(line.name)?.size) || data[0].length > 0;
+      this.empty.hidden = data[0].length > 0;
+      this.host.classList.toggle("is-empty", !data[0].length);
       this.showValues(null);
       this.host.setAttribute("aria-label", this.sentence());
       if (this.table) this.fillTable();
@@ -142,10 +152,6 @@
       if (this.host.clientWidth && this.host.clientWidth !== this.plot.width) {
         this.plot.setSize({ width: this.host.clientWidth, height: this.host.clientHeight });
       }
-    }
-
-    measured() {
-      return this.kind.lines.filter((line) => line.name !== "planned");
     }
 
     // At the cursor, else the newest.
@@ -278,6 +284,9 @@
     })
     .catch((problem) => charts.setAttribute("data-problem", problem));
 
+  document.addEventListener("htmx:after:swap", () => {
+    if (readPlan()) redraw();
+  });
   source?.addEventListener("points", (event) => {
     add(JSON.parse(event.detail.data).series);
     redraw();

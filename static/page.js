@@ -26,12 +26,13 @@
 
   const today = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
   const older = new Intl.DateTimeFormat(undefined, { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" });
+  // Where the order of seconds matters; the day stands in the title.
   const clock = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
   const localise = (part) => {
     for (const time of part.querySelectorAll("time[datetime]:not([title])")) {
       const moment = new Date(time.dateTime);
       time.title = moment.toLocaleString();
-      if (time.closest(".log")) time.textContent = clock.format(moment);
+      if (time.closest(".log, .timeline")) time.textContent = clock.format(moment);
       else time.textContent = (Date.now() - moment < 43_200_000 ? today : older).format(moment);
     }
   };

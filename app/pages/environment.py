@@ -42,10 +42,16 @@ _TRANSLATIONS = gettext.NullTranslations()
 translate: Callable[[str], str] = _TRANSLATIONS.gettext
 
 
+def told(said: UserError | Reason) -> str:
+    """A core text in the reply's language, to follow a name and a colon: it may begin with a key or a value."""
+    return said.text(translate)
+
+
 def sentence(said: UserError | Reason) -> str:
-    """A core text, in the reply's language."""
+    """The same where it stands alone."""
     text = said.text(translate)
-    return text[:1].upper() + text[1:]
+    first = text.split(" ", 1)[0]
+    return text[:1].upper() + text[1:] if first.isalpha() else text
 
 
 @lru_cache(maxsize=64)
@@ -107,6 +113,7 @@ def build_templates() -> Jinja2Templates:
     environment.install_gettext_translations(_TRANSLATIONS, newstyle=True)  # type: ignore[attr-defined]
     environment.filters.update({function.__name__: function for function in FORMATS})
     environment.filters["sentence"] = sentence
+    environment.filters["told"] = told
     # For texts of core, which are no templates: a percent sign in them stands for itself.
     environment.filters["translate"] = translate
     environment.globals.update(

@@ -98,7 +98,7 @@ def change_job(
             case "resume":
                 resume(session, job, now=now, who=who)
             case "checkpoint":
-                checkpoint(session, job)
+                checkpoint(session, job, now=now, who=who)
             case "retry":
                 shown = retry(session, job, now=now, who=who, owner=caller.user_id)
             case "extend":
@@ -223,6 +223,8 @@ class LiveFragments:
         with self._services.database.read() as session:
             context = job_context(session, self._services, request, job, tab)
         context["log"] = [log_line(event) for event in events if event.kind == "log"] if tab == "overview" else []
+        if not any(event.kind == "plan" for event in events):
+            context["plan"] = None
         template = self._services.templates.get_template("job_live.html")
         return template.render(context | frame_context(request))
 

@@ -81,7 +81,7 @@ def read_rows(session: Session, jobs: Sequence[Job], now: float) -> list[JobRow]
 
 def _names(session: Session, table: type[User] | type[Host], ids: Iterable[str | None]) -> dict[str, str]:
     wanted = {id for id in ids if id}
-    return dict(session.execute(select(table.id, table.name).where(col(table.id).in_(wanted))).tuples().all())
+    return dict(session.exec(select(table.id, table.name).where(col(table.id).in_(wanted))).all())
 
 
 def _row(job: Job, now: float, owners: dict[str, str], hosts: dict[str, str]) -> JobRow:

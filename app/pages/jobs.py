@@ -57,7 +57,7 @@ def jobs_page(
 
 def _counts(session: Session) -> list[tuple[str, int]]:
     """Of each state that has a job, in the order of a job's life."""
-    numbers = dict(session.execute(select(Job.state, func.count()).group_by(col(Job.state))).tuples().all())
+    numbers = dict(session.exec(select(Job.state, func.count()).group_by(col(Job.state))).all())
     return [(state.value, numbers[state.value]) for state in JobState if state.value in numbers]
 
 

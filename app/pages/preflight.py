@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
-from app.forms import FormState, spec_of_form, written_spec
+from app.forms import FormState, as_text, spec_of_form, written_spec
 from app.pages import format
 from app.pages.environment import translate
 from app.preflight import remarks
 from app.profiles import plan_for
 from app.services import Services
-from core.errors import N_, USER_FAULTS, Reason
+from core.errors import N_, TEXTS, USER_FAULTS, Reason
 from core.preflight import JobPlan
 from core.schedule import Schedule, lr_at
 from core.spec import JobSpec, parse_spec
@@ -75,9 +75,14 @@ def _report(plan: JobPlan) -> dict[str, Any]:
 
 
 def told_choices(choices: Any) -> list[dict[str, Any]]:
-    """What each `auto` became, with its reason in words."""
+    """What each `auto` became, with its reason in words; a code of a newer trainer's has none here."""
     return [
-        {**choice, "why": Reason(choice["code"], choice["parameters"]).text(translate)} for choice in choices
+        {
+            "field": choice["field"],
+            "value": as_text(choice["value"]),
+            "why": Reason(choice["code"], choice["parameters"]).text(translate) if choice["code"] in TEXTS else "",
+        }
+        for choice in choices
     ]
 
 

@@ -5,12 +5,11 @@ trained is what will be served; it also records where {% generation %} blocks st
 tokenizer itself, in batches, on a copy of it without its post-processor: that part would put a second BOS before a
 text whose template wrote one, and would cut leading spaces off the tokens' offsets.
 
-What is known of families, so that nobody looks for it twice:
+What is known to differ between families:
 - Llama 3.x templates write the day's date unless they are given one, so a sample's tokens change at midnight.
-- A generation block inside a macro or a {% set %} block is reported where the macro was called from, not where its
-  text ends up; none of the templates tried does this.
-- Some tokenizers (DeepSeek, GLM) don't flag their end-of-turn token as special; what generation_config.json names as
-  an end counts as special here.
+- A generation block inside a macro or a {% set %} block is reported where it was called, not where its text ends up.
+- Where a tokenizer doesn't flag its end-of-turn token as special, what generation_config.json names as an end counts.
+- A built-in template's turn marks are ordinary text to a tokenizer that has no such tokens; none are added.
 """
 
 import json
@@ -106,11 +105,6 @@ class HfChatTokenizer:
     def eos_id(self) -> int | None:
         number: int | None = self.tokenizer.eos_token_id
         return number
-
-    @property
-    def fingerprint_text(self) -> str:
-        """All that decides which tokens a conversation becomes: tokenizer and template, to be hashed."""
-        return json.dumps([self._rust.to_str(), self._template, self._template_with_tools, sorted(self._special_ids)])
 
     def render(
         self, messages: list[dict[str, object]], tools: list[dict[str, object]] | None, add_generation_prompt: bool

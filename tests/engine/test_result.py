@@ -52,7 +52,7 @@ def test_merged_equals_applied(tmp_path: Path, family: str, method: dict) -> Non
     model.model.unmerge_adapter()
     assert relative_difference(applied, merged) < 1e-5
     model.model.save_pretrained(tmp_path / "result", save_embedding_layers=False)
-    verify_adapter(tmp_path / "result", model)
+    verify_adapter(tmp_path / "result", model, tmp_path / "base")
     torch.testing.assert_close(logits_of(model, batch()), applied, rtol=1e-5, atol=1e-5)
 
 
@@ -75,10 +75,10 @@ def change(folder: Path, name: str, edit: object) -> None:
 def test_an_adapter_that_is_not_what_was_trained_is_found(tmp_path: Path, edit: object, said: str) -> None:
     model = trained(tiny.save_base(tmp_path / "base"))
     model.model.save_pretrained(tmp_path / "result", save_embedding_layers=False)
-    verify_adapter(tmp_path / "result", model)
+    verify_adapter(tmp_path / "result", model, tmp_path / "base")
     change(tmp_path / "result", "adapter_model.safetensors", edit)
     with pytest.raises(BrokenResult, match=said):
-        verify_adapter(tmp_path / "result", model)
+        verify_adapter(tmp_path / "result", model, tmp_path / "base")
 
 
 def test_an_adapter_that_changes_nothing_is_no_result(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_an_adapter_that_changes_nothing_is_no_result(tmp_path: Path) -> None:
     model.model.eval()
     model.model.save_pretrained(tmp_path / "result", save_embedding_layers=False)
     with pytest.raises(BrokenResult, match="changes nothing"):
-        verify_adapter(tmp_path / "result", model)
+        verify_adapter(tmp_path / "result", model, tmp_path / "base")
 
 
 def test_a_config_that_scales_otherwise_gives_other_logits(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_config_that_scales_otherwise_gives_other_logits(tmp_path: Path) -> No
     config = tmp_path / "result/adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 32', '"lora_alpha": 64'))
     with pytest.raises(BrokenResult, match="read back gives other logits"):
-        verify_adapter(tmp_path / "result", model)
+        verify_adapter(tmp_path / "result", model, tmp_path / "base")
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def load_model(path: Path, spec: JobSpec, asked_attention: str, device: torch.de
     ready.choose_attention(asked_attention, warn)  # type: ignore[arg-type]  # a Literal of the spec
     ready.find_head(warn)
     if spec.compute.gradient_checkpointing is True:
-        with _by_the_old_names():
+        with quiet_libraries():
             ready.base.gradient_checkpointing_enable({"use_reentrant": False})
     ready.model.train()
     assert all(weight.dtype == torch.float32 for weight in ready.trainable().values())
@@ -235,14 +235,14 @@ def _with_adapters(base: PreTrainedModel, method: Adapter, start_from: str | Non
         ensure_weight_tying=_saves_a_tied_layer(base, method),
     )
     # Adapters in fp32 also over a base in bf16: autocast_adapter_dtype is PEFT's name for it.
-    with _by_the_old_names():
+    with quiet_libraries():
         return get_peft_model(base, config, autocast_adapter_dtype=True)
 
 
 def _from_adapter(base: PreTrainedModel, method: Adapter, folder: Path, warn: Warn) -> PeftModel:
     if not (folder / "adapter_config.json").is_file():
         raise UserError("engine.adapter_missing", "model.adapter", folder=str(folder))
-    with _by_the_old_names():
+    with quiet_libraries():
         model = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=True)
     given = model.peft_config["default"]
     if (given.r, given.lora_alpha) != (method.rank, method.alpha):
@@ -255,10 +255,12 @@ def _from_adapter(base: PreTrainedModel, method: Adapter, folder: Path, warn: Wa
 
 
 @contextmanager
-def _by_the_old_names() -> Iterator[None]:
-    """transformers 5.23 renamed gradient checkpointing; PEFT 0.21 and transformers 5.17 only know the old names."""
+def quiet_libraries() -> Iterator[None]:
+    """Silences what a user can do nothing about: transformers 5.23 renamed gradient checkpointing, and PEFT 0.21 and
+    transformers 5.17 only know the old names; PEFT doubts GPT-2's tied weights, which come back equal all the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`", UserWarning)
         yield
 
 

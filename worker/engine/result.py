@@ -22,13 +22,13 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.chat import BUILT_IN_TEMPLATES
 from core.spec import Adapter, JobSpec
 from worker.engine.batches import Batch, Samples, of_tokens
 from worker.engine.loss import logits_of
-from worker.engine.model import ATTENTION_NAMES, LanguageModel, relative_difference
+from worker.engine.model import ATTENTION_NAMES, LanguageModel, quiet_libraries, relative_difference
 from worker.job_directory import sync_folder
 
 # The same sums in another order, relative to the largest logit. In bf16 merging rounds every weight once more.
@@ -111,7 +111,7 @@ def save_result(
         tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(model_card(spec, facts))
         if model.has_adapters:
-            verify_adapter(staging, model)
+            verify_adapter(staging, model, base_path)
         else:
             verify_model(staging, model)
         for path in (path for path in staging.rglob("*") if path.is_file()):
@@ -150,7 +150,7 @@ def _probe(model: LanguageModel) -> Batch:
     return of_tokens([[tokens[:PROBE_TOKENS], tokens[PROBE_TOKENS:]]]).to(model.device)
 
 
-def verify_adapter(folder: Path, model: LanguageModel) -> None:
+def verify_adapter(folder: Path, model: LanguageModel, base_path: Path) -> None:
     """Opens the saved adapter beside the trained one on the same base, then merges the trained one."""
     assert isinstance(model.model, PeftModel)
     tensors = _read(folder, ["adapter_model.safetensors"])
@@ -163,16 +163,37 @@ def verify_adapter(folder: Path, model: LanguageModel) -> None:
         raise BrokenResult("every B of the adapter is zero, so it changes nothing")
     probe = _probe(model)
     applied = logits_of(model, probe)
-    model.model.load_adapter(folder, adapter_name="reopened")
-    model.model.set_adapter("reopened")
-    reopened = logits_of(model, probe)
-    model.model.set_adapter("default")
-    model.model.delete_adapter("reopened")
+    reopened = _reopened_adapter_logits(folder, model, base_path, probe)
     _demand_equal("the adapter read back", applied, reopened, TOLERANCE[model.dtype])
     model.model.merge_adapter()
     merged = logits_of(model, probe)
     model.model.unmerge_adapter()
     _demand_equal("the merged adapter", applied, merged, MERGE_TOLERANCE[model.dtype])
+
+
+def _reopened_adapter_logits(folder: Path, model: LanguageModel, base_path: Path, probe: Batch) -> Tensor:
+    """With the adapter as read from disk, as a second one on the same base: the base may fill the device."""
+    assert isinstance(model.model, PeftModel)
+    if model.model.peft_config["default"].ensure_weight_tying:
+        # PEFT ties head and embedding for the first adapter of a model only, so this one needs a base of its own.
+        base = AutoModelForCausalLM.from_pretrained(base_path, dtype=model.base.dtype, use_safetensors=True)
+        with quiet_libraries():
+            return logits_of(_as_trained(PeftModel.from_pretrained(base, folder), model), probe)
+    model.model.load_adapter(folder, adapter_name="reopened")
+    model.model.set_adapter("reopened")
+    logits = logits_of(model, probe)
+    model.model.set_adapter("default")
+    model.model.delete_adapter("reopened")
+    return logits
+
+
+def _as_trained(again: PreTrainedModel | PeftModel, model: LanguageModel) -> LanguageModel:
+    """A model read from disk, computed as `model` is."""
+    ready = LanguageModel(again.to(model.device).eval(), model.device, model.dtype)
+    ready.base.set_attn_implementation(ATTENTION_NAMES[model.attention])
+    ready.attention = model.attention
+    ready.find_head(lambda code, text: None)
+    return ready
 
 
 def verify_model(folder: Path, model: LanguageModel) -> None:
@@ -186,12 +207,9 @@ def verify_model(folder: Path, model: LanguageModel) -> None:
     amiss = {what: names for what, names in report.items() if names}
     if amiss:
         raise BrokenResult(f"the model on disk does not open whole: {amiss}")
-    again.set_attn_implementation(ATTENTION_NAMES[model.attention])
-    reopened = LanguageModel(again.to(model.device).eval(), model.device, model.dtype)
-    reopened.attention = model.attention
-    reopened.find_head(lambda code, text: None)
     probe = _probe(model)
-    _demand_equal("the model read back", logits_of(model, probe), logits_of(reopened, probe), TOLERANCE[model.dtype])
+    reopened = logits_of(_as_trained(again, model), probe)
+    _demand_equal("the model read back", logits_of(model, probe), reopened, TOLERANCE[model.dtype])
 
 
 def _read(folder: Path, names: list[str]) -> dict[str, Tensor]:

@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+from core.errors import UserError
+from worker.engine.device import find_device
+from worker.engine.ending import outcome_of
+
+
+def test_a_cpu_slot_is_the_cpu() -> None:
+    device, facts = find_device("cpu3")
+    assert device == torch.device("cpu") and facts.kind == "cpu" and not facts.has_bf16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")
+def test_a_gpu_that_torch_cannot_use_never_becomes_a_cpu() -> None:
+    with pytest.raises(UserError) as error:
+        find_device("gpu0")
+    assert error.value.code == "engine.no_device" and "gpu0" in str(error.value)
+    assert outcome_of(error.value, "start", 0, None).code == 70, "no spec can mend it"

@@ -225,7 +225,9 @@ class Launch:
         self._is_stopping = True
         if "worker" in self._children:
             print("stopping: running attempts write a checkpoint and go back to the queue", flush=True)
+            # First the worker: it would be given the jobs that go back to the queue, and start them again.
+            self._children.pop("worker").stop(STOP_S)
             agent.preempt_all(self.settings.data_dir)
-        for name in ("worker", "web", "valkey"):
+        for name in ("web", "valkey"):
             if name in self._children:
                 self._children.pop(name).stop(STOP_S)

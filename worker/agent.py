@@ -11,7 +11,9 @@ which means that their message was lost. A claim is granted once, so doing both 
 
 import fcntl
 import json
+import logging
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -20,7 +22,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,8 @@ from worker.processes import ProcessId, dying_with_this_process
 from worker.server import Away, Interrupted, Server, Stale, Unknown, insist
 from worker.settings import WorkerSettings
 
+log = logging.getLogger(__name__)
+
 _RESTART_AFTER_S = (1.0, 30.0)  # first and longest pause before a consumer that died is started again
 _CHILD_GRACE_S = 5.0
 
@@ -51,9 +54,7 @@ class Agent:
         self.stopping = threading.Event()
         self.consumers = [Consumer(settings, "launch"), Consumer(settings, "prepare")]
         self.redis_url: str | None = None
-        self.adoptions = Chores(ThreadPoolExecutor(1, "adopt"))
-        self.launches = Chores(ThreadPoolExecutor(2, "launch"))
-        self.profiles = Chores(ThreadPoolExecutor(1, "prepare"))
+        self.adoptions, self.launches, self.profiles = Chores("adopt"), Chores("launch"), Chores("prepare")
         self.named_before: frozenset[Hashable] = frozenset()
 
     def run(self, report: wire.HostReport) -> None:
@@ -64,7 +65,7 @@ class Agent:
                 try:
                     self._obey(self.server.beat(self.host, self._beat()))
                 except Away as error:
-                    _say(f"the server is away: {error}")
+                    log.warning("the server is away: %s", error)
                 except Unknown:
                     self._register(report)
                     continue
@@ -73,9 +74,9 @@ class Agent:
             pass
         finally:
             for consumer in self.consumers:
+                consumer.ask_to_stop()
+            for consumer in self.consumers:
                 consumer.stop()
-            for chores in (self.adoptions, self.launches, self.profiles):
-                chores.pool.shutdown(wait=False, cancel_futures=True)
 
     def stop(self) -> None:
         self.stopping.set()
@@ -85,9 +86,9 @@ class Agent:
             lambda: self.server.register(report),
             is_unwanted=self.stopping.is_set,
             longest_back_off_s=self.settings.longest_back_off_s,
-            note=lambda text: _say(f"the server is away: {text}"),
+            note=lambda text: log.warning("the server is away: %s", text),
         )
-        _say(f"registered as {report.name} ({welcome.host}) with {len(report.devices)} device(s)")
+        log.info("registered as %s (%s) with %d device(s)", report.name, welcome.host, len(report.devices))
         self.redis_url = welcome.redis_url
 
     def _tend_consumers(self) -> None:
@@ -133,7 +134,8 @@ class Agent:
                 self._account_for(attempt)
 
     def _launch(self, attempt: wire.AttemptRef) -> None:
-        _say(f"launch {attempt.job} attempt {attempt.attempt} over HTTP: {tasks.launch(self.settings, attempt)}")
+        answer = tasks.launch(self.settings, attempt)
+        log.info("launch %s attempt %d over HTTP: %s", attempt.job, attempt.attempt, answer)
 
     def _account_for(self, attempt: wire.AttemptRef) -> None:
         """A supervisor makes its directory before it claims: what is said to be here and has none is gone."""
@@ -154,27 +156,31 @@ class Agent:
     def _adopt(self, found: FoundAttempt) -> None:
         with suppress(Interrupted):
             state = adopt(self.settings, self.server, found, self.stopping.is_set)
-            _say(f"{found.attempt.job} attempt {found.attempt.attempt} had lost its supervisor; now {state}")
+            log.info("%s attempt %d had lost its supervisor; now %s", found.attempt.job, found.attempt.attempt, state)
 
 
-class Chores:
-    """What must not hold up the beat; each is under way once at most."""
+class Chores(threading.Thread):
+    """What must not hold up the beat, one after the other; a daemon, so that none holds up the agent's end either."""
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self.pool = pool
-        self._under_way: dict[Hashable, Future[None]] = {}
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._queue: queue.SimpleQueue[tuple[Hashable, Callable[[], None]]] = queue.SimpleQueue()
+        self._known: set[Hashable] = set()  # waiting or under way
+        self.start()
 
     def begin(self, key: Hashable, chore: Callable[[], None]) -> None:
-        running = self._under_way.get(key)
-        if running is not None and not running.done():
-            return
-        self._under_way[key] = self.pool.submit(self._do, key, chore)
+        if key not in self._known:
+            self._known.add(key)
+            self._queue.put((key, chore))
 
-    def _do(self, key: Hashable, chore: Callable[[], None]) -> None:
-        try:
-            chore()
-        except Exception as error:  # noqa: BLE001  the border of a task: said, and tried again when it is named again
-            _say(f"{key}: {type(error).__name__}: {error}")
+    def run(self) -> None:
+        while True:
+            key, chore = self._queue.get()
+            try:
+                chore()
+            except Exception:  # the border of a task: said, and tried again when it is named again
+                log.exception("%s failed", key)
+            self._known.discard(key)
 
 
 class Consumer:
@@ -194,7 +200,7 @@ class Consumer:
             self.stop()
             self._url, self._start_at = redis_url, 0.0
         if self._process is not None and (code := self._process.poll()) is not None:
-            _say(f"the {self._name} consumer ended with {code}; it is started again in {self._pause_s:g} s")
+            log.warning("the %s consumer ended with %d; it is started again in %g s", self._name, code, self._pause_s)
             self._process = None
             self._start_at = time.monotonic() + self._pause_s
             self._pause_s = min(self._pause_s * 2, self._longest_pause_s)
@@ -212,10 +218,14 @@ class Consumer:
                 stdin=subprocess.DEVNULL,
             )
 
+    def ask_to_stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+
     def stop(self) -> None:
         if self._process is None:
             return
-        self._process.terminate()
+        self.ask_to_stop()
         try:
             self._process.wait(_CHILD_GRACE_S)
         except subprocess.TimeoutExpired:
@@ -248,7 +258,7 @@ def take_inventory(settings: WorkerSettings) -> wire.HostReport:
     except (subprocess.SubprocessError, ValidationError, ValueError) as error:
         raise UserError("worker.inventory", problem=str(error)) from error
     for name, problem in {**report.refused_devices, **found.get("refused_models", {})}.items():
-        _say(f"{name} is not offered: {problem}")
+        log.warning("%s is not offered: %s", name, problem)
     # What an attempt of ours holds through a restart of the agent looks like a stranger's from outside.
     ours = devices_in_use(settings)
     devices = tuple(
@@ -315,7 +325,3 @@ def _wait_for_end(processes: list[ProcessId], timeout_s: float) -> bool:
             return False
         time.sleep(0.05)
     return True
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201  the worker's log is its standard output

@@ -9,6 +9,7 @@ reserved in a busy worker is as good as lost when that dies. Nothing is stored a
 afar, and only JSON is read, so that whoever can write to Redis can at most cause a claim that the server refuses.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -21,6 +22,8 @@ from celery.platforms import SecurityWarning
 from core import wire
 from worker import tasks
 from worker.settings import WorkerSettings
+
+log = logging.getLogger("worker.celery_app")  # not __main__, which it is when run as a consumer
 
 Consumer = Literal["launch", "prepare"]
 
@@ -58,7 +61,7 @@ def consume(settings: WorkerSettings, consumer: Consumer, redis_url: str) -> Non
     @app.task(name=wire.LAUNCH_TASK)  # type: ignore[untyped-decorator]  # celery has no types
     def launch(job: str, attempt: int, fence: int) -> None:
         ref = wire.AttemptRef(job=job, attempt=attempt, fence=fence)
-        print(f"launch {job} attempt {attempt}: {tasks.launch(settings, ref)}", flush=True)  # noqa: T201  its log
+        log.info("launch %s attempt %d: %s", job, attempt, tasks.launch(settings, ref))
 
     @app.task(name=wire.PREPARE_TASK)  # type: ignore[untyped-decorator]
     def prepare(profile: str) -> None:
@@ -88,6 +91,8 @@ def consume(settings: WorkerSettings, consumer: Consumer, redis_url: str) -> Non
 
 def main(argv: list[str]) -> None:
     data_dir, name = argv
+    logging.getLogger("worker").setLevel(logging.INFO)  # Celery sets the root's to its own, and has much to say
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s worker.{name}: %(message)s")
     consumer: Consumer = "launch" if name == "launch" else "prepare"
     consume(WorkerSettings.load(Path(data_dir)), consumer, os.environ["PEGBOX_REDIS_URL"])
 

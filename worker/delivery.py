@@ -5,6 +5,7 @@ Everything here may be repeated from the start: the recorder drops what it has, 
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from worker.journal import Journal
 from worker.relay import catch_up
 from worker.server import Away, Server, Stale, TooEarly, insist
 from worker.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
 
 EXIT, FINISHED, RESULT, PROFILES = "exit.json", "finished.json", "result", "profiles.json"
 _PROFILES = TypeAdapter(tuple[wire.MeasuredProfile, ...])
@@ -61,10 +64,13 @@ def deliver(
 
     try:
         finished = insist(
-            send_everything, is_unwanted=is_unwanted, longest_back_off_s=settings.longest_back_off_s, note=say
+            send_everything,
+            is_unwanted=is_unwanted,
+            longest_back_off_s=settings.longest_back_off_s,
+            note=lambda text: log.warning("the server is away: %s", text),
         )
     except Stale as error:
-        say(str(error))
+        log.warning("the server does not count on this attempt any more: %s", error)
         finished = wire.Finished(state="stale")
     write_json(directory / FINISHED, finished)
     return finished
@@ -84,7 +90,3 @@ def _artifacts(directory: Path) -> Iterator[wire.Artifact]:
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             yield wire.Artifact(name=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=sha256)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201  a supervisor's standard output is its supervisor.log

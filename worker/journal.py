@@ -73,7 +73,8 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        self.sync()
+        if self._synced_size != self._size:
+            self.sync()
         os.close(self._file)
 
     def append(self, kind: str, *, ts: float | None = None, at: int | None = None, **data: Any) -> int:

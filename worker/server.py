@@ -6,6 +6,7 @@ it. `TooEarly`: the recorder lacks events, send them. `Away`: everything else, f
 therefore repeating it is always right.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -54,6 +55,7 @@ class Server:
         self._client: httpx.Client | None = None
         self._client_url = ""
         self._lock = threading.Lock()
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # else one line a heartbeat
 
     def __enter__(self) -> Self:
         return self

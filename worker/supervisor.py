@@ -25,6 +25,7 @@ the next host agent tells.
 
 import argparse
 import json
+import logging
 import os
 import signal
 import statistics
@@ -43,7 +44,7 @@ from core.events import FailureReason
 from core.spec import parse_spec
 from core.states import Outcome
 from worker.adoption import SUPERVISOR, SupervisorFile
-from worker.delivery import EXIT, RESULT, deliver, say
+from worker.delivery import EXIT, RESULT, deliver
 from worker.diagnosis import Deed, Diagnosis, Evidence, Wish, diagnose, num_oom_kills, stopped_before_start
 from worker.gpus import sample_gpus
 from worker.heart import Heart, Progress
@@ -64,6 +65,8 @@ from worker.relay import Relay
 from worker.server import Interrupted, Server, Stale, insist
 from worker.settings import WorkerSettings
 from worker.trainer import EVENTS, EventTail, Trainer, merge_events
+
+log = logging.getLogger(__name__)
 
 _PHASE_EVERY_S = 1.0
 
@@ -111,7 +114,7 @@ class Supervisor:
                 is_unwanted=lambda: self.num_terms > 1,
             )
         except Interrupted:
-            say("told to leave before the server knew the end; the host agent will tell it")
+            log.info("told to leave before the server knew the end; the host agent will tell it")
         self.heart.stop()
         self.journal.close()
 
@@ -366,6 +369,7 @@ def supervise(settings: WorkerSettings, attempt: wire.AttemptRef, handshake: Tex
     handshake.write("claimed\n")
     handshake.close()
     _say_everything_in(directory / "supervisor.log")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     become_subreaper()
     Supervisor(settings, server, attempt, assignment).run()
 

@@ -6,6 +6,7 @@ a child that may crash, hang or eat memory without harm to anyone.
 """
 
 import fcntl
+import logging
 import os
 import select
 import subprocess
@@ -26,6 +27,8 @@ from worker.output import LineReader
 from worker.processes import child_environment, dying_with_this_process, secrets_in, sweep
 from worker.server import Interrupted, Server, Stale, insist
 from worker.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
 
 _RESULT_PATIENCE_S = 600.0  # how long a result is offered to a server that is away; the server asks again after that
 _TAIL_BYTES = 1 << 14
@@ -92,7 +95,7 @@ def prepare(settings: WorkerSettings, profile: str) -> None:
                 longest_back_off_s=settings.longest_back_off_s,
             )
         except (Stale, Interrupted) as error:
-            print(f"profile {profile}: the result was not taken: {error}", flush=True)  # noqa: T201  the worker's log
+            log.warning("profile %s: the result was not taken: %s", profile, error)
 
 
 def _measure(settings: WorkerSettings, server: Server, order: wire.ProfileOrder) -> wire.ProfileResult:

@@ -33,9 +33,11 @@ def whole(events: list[tuple[str, str]]) -> list[tuple[int, str, str]]:
     return [(seq, kind, text) for seq, (kind, text) in enumerate(events, start=1)]
 
 
-@given(EVENTS)
+@given(EVENTS, st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8)
-def test_a_journal_cut_at_any_byte_keeps_its_whole_lines(tmp_path: Path, events: list[tuple[str, str]]) -> None:
+def test_a_journal_cut_at_any_byte_keeps_its_whole_lines(
+    tmp_path: Path, events: list[tuple[str, str]], data: st.DataObject
+) -> None:
     path = tmp_path / "journal.jsonl"
     content = write(path, events)
     assert read(path) == whole(events)
@@ -43,9 +45,12 @@ def test_a_journal_cut_at_any_byte_keeps_its_whole_lines(tmp_path: Path, events:
         path.write_bytes(content[:length])
         num_whole = content[:length].count(b"\n")
         assert read(path) == whole(events)[:num_whole]
-        with Journal(path) as journal:
-            assert journal.append("log", ts=2.0, text="on") == num_whole + 1
-        assert read(path) == [*whole(events)[:num_whole], (num_whole + 1, "log", "on")]
+    length = data.draw(st.integers(0, len(content)))
+    path.write_bytes(content[:length])
+    num_whole = content[:length].count(b"\n")
+    with Journal(path) as journal:
+        assert journal.append("log", ts=2.0, text="on") == num_whole + 1
+    assert read(path) == [*whole(events)[:num_whole], (num_whole + 1, "log", "on")]
 
 
 @given(EVENTS, st.data())

@@ -91,6 +91,7 @@ def _offers(session: Session, now: float) -> Iterator[HostOffer]:
         kind: Literal["gpu", "cpu"] = "gpu" if any(device.kind == "gpu" for device in report.devices) else "cpu"
         devices = [device for device in report.devices if device.kind == kind]
         free = [each.id for each in devices if not each.in_use_by_stranger and each.id not in taken[host.id]]
+        takes_work = not host.is_draining and not beats[host.id].is_leaving and report.protocol == PROTOCOL
         yield HostOffer(
             id=host.id,
             name=host.name,
@@ -100,7 +101,7 @@ def _offers(session: Session, now: float) -> Iterator[HostOffer]:
             models=frozenset(model.name for model in report.models),
             features=frozenset({"gpu"}) if kind == "gpu" else frozenset(),
             reaches_hub=report.reaches_hub,
-            accepts=now - host.beat_at < HOST_FRESH_S and not host.is_draining and report.protocol == PROTOCOL,
+            accepts=takes_work and now - host.beat_at < HOST_FRESH_S,
         )
 
 

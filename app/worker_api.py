@@ -76,6 +76,7 @@ def register(report: HostReport, caller: Worker, services: AnyServices) -> Welco
             host = Host(id=report.host, name=report.name, token=token.id, registered_at=now, beat_at=now)
         host.name, host.token, host.beat_at = report.name, token.id, now
         host.report = report.model_dump(mode="json")
+        host.beat = {**(host.beat or {}), "is_leaving": False}
         session.add(host)
     services.wake.notify(QUEUE_TOPIC)
     return Welcome(host=report.host, redis_url=services.settings.redis_url or None)

@@ -173,7 +173,7 @@ def test_a_bad_spec_is_refused_with_field_and_remedy(
 def test_a_job_that_fails_says_why_and_what_to_do(house: House) -> None:
     job = house.launch(spec_of("arithmetic", data={"train": [{"dataset": "arithmetic"}], "max_length": 32}))
     failed = house.wait_for_state(job, "failed")
-    assert failed["reason"] == "bad_data" and "data.max_length" in failed["text"] + (failed["remedy"] or "")
+    assert failed["reason"] == "bad_spec" and "data.max_length" in failed["text"] + (failed["remedy"] or "")
 
 
 def test_the_same_idempotency_key_makes_one_job(house: House) -> None:

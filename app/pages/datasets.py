@@ -81,9 +81,7 @@ def _profile(session: Session, version: DatasetVersion) -> dict[str, Any] | None
         "num_tokens": num_tokens,
         "trained_share": sum(profile.sample_trained) / num_tokens if num_tokens else None,
         "longest": max(profile.sample_length, default=0),
-        "preview": [
-            {"line": sample.line, "runs": list(runs(sample))} for sample in profile.preview[:MOST_SAMPLES]
-        ],
+        "preview": [{"line": sample.line, "runs": list(runs(sample))} for sample in profile.preview[:MOST_SAMPLES]],
     }
 
 

@@ -116,21 +116,15 @@ def build_templates() -> Jinja2Templates:
     environment.filters["told"] = told
     # For texts of core, which are no templates: a percent sign in them stands for itself.
     environment.filters["translate"] = translate
-    environment.globals.update(
-        static=static, path_to=path_to, DASH=format.DASH, CONTROLS=CONTROLS
-    )
+    environment.globals.update(static=static, path_to=path_to, DASH=format.DASH, CONTROLS=CONTROLS)
     environment.globals["ui"] = environment.get_template("parts.html").module
     return Jinja2Templates(env=environment, context_processors=[frame_context])
 
 
-def render_block(templates: Jinja2Templates, request: Request, name: str, block: str, context: dict[str, Any]) -> str:
+def fragment(
+    templates: Jinja2Templates, request: Request, name: str, block: str, context: dict[str, Any]
+) -> HTMLResponse:
     """One named block of a page."""
     template = templates.get_template(name)
-    values = {**frame_context(request), **context}
-    return "".join(template.blocks[block](template.new_context(values)))
-
-
-def fragment(
-    templates: Jinja2Templates, request: Request, name: str, block: str, context: dict[str, Any], status: int = 200
-) -> HTMLResponse:
-    return HTMLResponse(render_block(templates, request, name, block, context), status)
+    values = frame_context(request) | context
+    return HTMLResponse("".join(template.blocks[block](template.new_context(values))))

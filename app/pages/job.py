@@ -6,13 +6,13 @@ there. So a reload at any moment shows all that was, and what comes after is nei
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, Form, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse, Response
 from sqlmodel import Session, col, func, select
 
-from app.auth import AnyCaller, Member
+from app.auth import Member
 from app.jobs import (
     JOBS_TOPIC,
     QUEUE_TOPIC,
@@ -64,7 +64,7 @@ COUNTS: dict[str, str] = {
 def job_page(request: Request, services: AnyServices, job_id: str, tab: Tab = "overview") -> Response:
     with services.database.read() as session:
         job = get_job(session, job_id)
-        context = job_context(session, services, request, job, tab)
+        context = job_context(session, services, job, tab)
         context["after"] = _last_event(session, job_id)
         if tab == "overview":
             context["log"] = _log(session, job_id, LOG_LINES)
@@ -79,12 +79,12 @@ def job_page(request: Request, services: AnyServices, job_id: str, tab: Tab = "o
 
 @router.post("/jobs/{job_id}/{action}")
 def change_job(
+    *,
     request: Request,
     services: AnyServices,
     caller: Member,
     job_id: str,
     action: Literal["cancel", "stop", "resume", "checkpoint", "retry", "extend"],
-    epochs: Annotated[float | None, Form()] = None,
 ) -> Response:
     now, who = services.clock(), caller.name
     with services.database.write() as session:
@@ -102,15 +102,13 @@ def change_job(
             case "retry":
                 shown = retry(session, job, now=now, who=who, owner=caller.user_id)
             case "extend":
-                shown = extend(
-                    session, job, now=now, who=who, owner=caller.user_id, epochs=epochs, max_steps=None
-                )
+                shown = extend(session, job, now=now, who=who, owner=caller.user_id, epochs=None, max_steps=None)
         shown_id = shown.id
     services.wake.notify(JOBS_TOPIC, QUEUE_TOPIC, topic_of(job_id))
     return RedirectResponse(f"{request.scope.get('root_path', '')}/jobs/{shown_id}", 303)
 
 
-def job_context(session: Session, services: Services, request: Request, job: Job, tab: str) -> dict[str, Any]:
+def job_context(session: Session, services: Services, job: Job, tab: str) -> dict[str, Any]:
     row = read_rows(session, [job], services.clock())[0]
     parent = session.get(Job, job.parent) if job.parent else None
     context: dict[str, Any] = {
@@ -221,7 +219,7 @@ class LiveFragments:
     def job(self, request: Request, job: Job, events: Sequence[Event]) -> str:
         tab = request.query_params.get("tab", "overview")
         with self._services.database.read() as session:
-            context = job_context(session, self._services, request, job, tab)
+            context = job_context(session, self._services, job, tab)
         context["log"] = [log_line(event) for event in events if event.kind == "log"] if tab == "overview" else []
         if not any(event.kind == "plan" for event in events):
             context["plan"] = None

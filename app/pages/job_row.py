@@ -1,4 +1,4 @@
-"""A job as lists and tiles show it: read from the database in a fixed number of queries, whatever the number of jobs."""
+"""A job as lists and tiles show it, read in a fixed number of queries, whatever the number of jobs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -22,9 +22,7 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.get("/jobs")
-def jobs_page(
-    request: Request, services: AnyServices, caller: AnyCaller, q: str = "", state: str = ""
-) -> Response:
+def jobs_page(request: Request, services: AnyServices, caller: AnyCaller, q: str = "", state: str = "") -> Response:
     state = state if state in [each.value for each in JobState] else ""
     conditions = [_matches(word) for word in q.split()]
     if state:

@@ -15,7 +15,16 @@ from fastapi.responses import RedirectResponse, Response
 from sqlmodel import Session, select
 
 from app.auth import AnyCaller, Caller, Member
-from app.forms import ALTERNATIVES, CONTROLS, SECTIONS, FormState, spec_of_form, state_of_form, state_of_spec, written_spec
+from app.forms import (
+    ALTERNATIVES,
+    CONTROLS,
+    SECTIONS,
+    FormState,
+    spec_of_form,
+    state_of_form,
+    state_of_spec,
+    written_spec,
+)
 from app.jobs import JOBS_TOPIC, QUEUE_TOPIC, create_job, get_job
 from app.pages.preflight import preflight_context
 from app.profiles import refuse_unplannable
@@ -139,7 +148,9 @@ def read_yaml(text: str) -> dict[str, Any]:
 
 def form_pairs(state: FormState) -> list[tuple[str, str]]:
     """A filled form as hidden inputs."""
-    train = [pair for name, weight in state.train for pair in (("data.train.dataset", name), ("data.train.weight", weight))]
+    train = [
+        pair for name, weight in state.train for pair in (("data.train.dataset", name), ("data.train.weight", weight))
+    ]
     return [*state.values.items(), *train]
 
 

@@ -111,7 +111,7 @@ def spec_yaml(spec: JobSpec) -> str:
 def curl_command(services: Services, spec: JobSpec) -> str:
     body = json.dumps({"spec": written_spec(spec)}, ensure_ascii=False, indent=1)
     return (
-        f'curl {services.settings.url}{services.settings.root_path}/api/v1/jobs \\\n'
+        f"curl {services.settings.url}{services.settings.root_path}/api/v1/jobs \\\n"
         f'  -H "Authorization: Bearer $PEGBOX_TOKEN" -H "Content-Type: application/json" \\\n'
         f"  -d {shlex.quote(body)}"
     )

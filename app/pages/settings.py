@@ -52,5 +52,8 @@ def _context(session: Session, user_id: str | None) -> dict[str, Any]:
         "new_token": "",
         "new_token_name": "",
         "has_password": user is not None and user.password_hash is not None,
-        "tokens": [token.model_dump(exclude={"host", "secret_sha256"}) | {"host": hosts.get(token.host or "")} for token in tokens],
+        "tokens": [
+            token.model_dump(exclude={"host", "secret_sha256"}) | {"host": hosts.get(token.host or "")}
+            for token in tokens
+        ],
     }

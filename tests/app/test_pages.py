@@ -4,7 +4,6 @@ import html
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 from fastapi.testclient import TestClient
 from sqlmodel import select
 
@@ -103,22 +102,18 @@ def test_yaml_fills_the_form(house: House) -> None:
     assert 'name="data.train.weight" value="2"' in page
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
+def test_yaml_that_is_no_spec_is_refused_with_its_text_kept(house: House) -> None:
+    browser = house.browser("bob")
+    for text, said in (
         ("a: [1", "not valid YAML"),
         ("- 1\n- 2", "mapping of keys to values"),
         ("data: {train: [{dataset: sums}]}\nrank: 8", "did you mean method.rank"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
         ("[" * 3000, "not valid YAML"),
-    ],
-)
-def test_yaml_that_is_no_spec_is_refused_with_its_text_kept(house: House, text: str, said: str) -> None:
-    browser = house.browser("bob")
-    reply = browser.post("/jobs/new/yaml", data=filled(browser, _yaml=text))
-    assert reply.status_code == 422
-    assert said in html.unescape(reply.text)
-    assert html.escape(text, quote=False)[:40] in html.unescape(reply.text) or text[:40] in html.unescape(reply.text)
+    ):
+        reply = browser.post("/jobs/new/yaml", data=filled(browser, _yaml=text))
+        page = html.unescape(reply.text)
+        assert reply.status_code == 422 and said in page and f"{text}</textarea>" in page
 
 
 def test_a_clone_opens_the_form_with_the_spec(house: House) -> None:
@@ -139,7 +134,9 @@ def test_the_panel_says_what_is_measured_and_what_is_wrong(house: House) -> None
 
     measuring = browser.post("/jobs/preflight", data=filled(browser), headers=script).text
     wrong = browser.post(
-        "/jobs/preflight", data=filled(browser, **{"schedule.warmup_steps": "-1", "schedule.warmup": "warmup_steps"}), headers=script
+        "/jobs/preflight",
+        data=filled(browser, **{"schedule.warmup_steps": "-1", "schedule.warmup": "warmup_steps"}),
+        headers=script,
     ).text
 
     assert "Measuring the data" in measuring and "dataset: sums" in measuring and "curl" in measuring
@@ -149,21 +146,21 @@ def test_the_panel_says_what_is_measured_and_what_is_wrong(house: House) -> None
     assert "<html" in browser.post("/jobs/preflight", data=filled(browser)).text
 
 
-@pytest.mark.parametrize("state", JobState)
-def test_a_job_shows_exactly_the_actions_that_are_legal(house: House, state: JobState) -> None:
+def test_a_job_shows_exactly_the_actions_that_are_legal(house: House) -> None:
     connect_host(house)
     put_data(house)
     job = submit(house)
-    with house.services.database.write() as session:
-        session.get_one(Job, job).state = state.value
-    browser = house.browser("bob")
+    member, viewer = house.browser("bob"), house.browser("victor")
+    for state in JobState:
+        with house.services.database.write() as session:
+            session.get_one(Job, job).state = state.value
 
-    page = browser.get(f"/jobs/{job}").text
+        page = member.get(f"/jobs/{job}").text
 
-    shown = set(re.findall(rf'action="/jobs/{job}/([a-z]+)"', page))
-    shown |= {"clone"} if f'href="/jobs/new?from={job}"' in page else set()
-    assert shown == set(ACTIONS[state])
-    assert f'action="/jobs/{job}/' not in house.browser("victor").get(f"/jobs/{job}").text
+        shown = set(re.findall(rf'action="/jobs/{job}/([a-z]+)"', page))
+        shown |= {"clone"} if f'href="/jobs/new?from={job}"' in page else set()
+        assert shown == set(ACTIONS[state]), state
+        assert f'action="/jobs/{job}/' not in viewer.get(f"/jobs/{job}").text
 
 
 def test_a_button_changes_the_job_and_an_illegal_one_says_why(house: House) -> None:
@@ -209,7 +206,10 @@ def test_a_failed_job_begins_with_the_cause(house: House) -> None:
 
     page = house.browser("bob").get(f"/jobs/{job}").text
 
-    places = [page.index(text) for text in ("Out of memory", "it needed 50 GiB", "set data.max_length to 512", "the last words")]
+    places = [
+        page.index(text)
+        for text in ("Out of memory", "it needed 50 GiB", "set data.max_length to 512", "the last words")
+    ]
     assert places == sorted(places) and places[-1] < page.index('class="tiles"')
     assert "hx-sse:connect" not in page, "nothing more will come"
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 import uvicorn
-from sqlmodel import Session, col, select
+from sqlmodel import func, select
 
 from app.auth import create_token, mint_login_link
 from app.main import create_app
@@ -117,6 +117,13 @@ class Stage:
     def close(self) -> None:
         self.worker.close()
         self.api.close()
+
+    def restart_server(self) -> None:
+        """The web service goes and comes back at the same address, over the same data."""
+        self.server.end()
+        self.server = Server(self.server.settings.data_dir, self.server.settings.port)
+        self.server.begin()
+        self.services = self.server.app.state.services
 
     def login_link(self) -> str:
         return mint_login_link(self.services)
@@ -260,7 +267,11 @@ class Stage:
     def succeed(self, part: Part, steps: int, ts: float) -> None:
         part.say("end", ts, outcome="succeeded", steps=steps, trained_tokens=steps * 3000, seconds=steps * 0.42)
         self.send(part)
-        files = {"adapter_model.safetensors": b"weights" * 50_000, "adapter_config.json": b'{"r": 16}', "README.md": b"#"}
+        files = {
+            "adapter_model.safetensors": b"weights" * 50_000,
+            "adapter_config.json": b'{"r": 16}',
+            "README.md": b"#",
+        }
         artifacts = []
         for name, content in files.items():
             sha256 = hashlib.sha256(content).hexdigest()
@@ -283,13 +294,9 @@ class Stage:
         assert reply.status_code == 200, f"{path}: {reply.status_code} {reply.text}"
         return reply.json()
 
-    def newest_job(self) -> str:
+    def num_jobs(self) -> int:
         with self.services.database.read() as session:
-            return _newest(session)
-
-
-def _newest(session: Session) -> str:
-    return session.exec(select(Job.id).order_by(col(Job.id).desc())).first() or ""
+            return session.exec(select(func.count()).select_from(Job)).one()
 
 
 def make_profile(source: random.Random, multi_turn: Any) -> DataProfile:
@@ -327,6 +334,7 @@ class Scenes:
     part: Part  # of the running one
     schedule: Schedule
     began_at: float
+    next_step: int  # of the running one
 
 
 def play(stage: Stage) -> Scenes:
@@ -382,7 +390,7 @@ def play(stage: Stage) -> Scenes:
         stage.take(stage.launch(name))
     waiting = stage.launch("seed 3", tags=["a-rather-long-tag-for-a-narrow-screen"])
     wait_until(lambda: _wait_code(stage, waiting), "the dispatcher has said why it waits")
-    return Scenes(succeeded, failed, running, starting, waiting, paused, part, schedule, now - 150)
+    return Scenes(succeeded, failed, running, starting, waiting, paused, part, schedule, now - 150, 354)
 
 
 def _wait_code(stage: Stage, job_id: str) -> str | None:
@@ -399,4 +407,4 @@ def raised(data_dir: Path, port: int) -> Iterator[Stage]:
         yield stage
     finally:
         stage.close()
-        server.end()
+        stage.server.end()

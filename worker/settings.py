@@ -58,15 +58,14 @@ class WorkerSettings(BaseModel):
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        data_dir = Path(environ.get("PEGBOX_DATA_DIR", "data")).resolve()
-        roots = environ.get("PEGBOX_MODEL_ROOTS")
+        """An empty variable counts as not set. PEGBOX_MODEL_ROOTS is a list like PATH."""
+        data_dir = Path(environ.get("PEGBOX_DATA_DIR") or "data").expanduser().resolve()
+        roots = [root for root in environ.get("PEGBOX_MODEL_ROOTS", "").split(os.pathsep) if root]
         return cls(
             data_dir=data_dir,
-            server=environ.get("PEGBOX_URL", "http://127.0.0.1:8000"),
+            server=environ.get("PEGBOX_URL") or "http://127.0.0.1:8000",
             token=environ.get("PEGBOX_WORKER_TOKEN", ""),
-            model_roots=tuple(Path(root).resolve() for root in roots.split(os.pathsep))
-            if roots
-            else (data_dir / "models",),
+            model_roots=tuple(Path(root).expanduser().resolve() for root in roots) or (data_dir / "models",),
         )
 
     @classmethod

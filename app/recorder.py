@@ -24,17 +24,17 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import redis
-from pydantic import TypeAdapter, ValidationError
-from sqlalchemy import func, update
+from pydantic import Field, TypeAdapter, ValidationError
+from sqlalchemy import update
 from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.exc import DBAPIError
-from sqlmodel import Session, col, select
+from sqlalchemy.exc import OperationalError
+from sqlmodel import Session, col
 
 from app.jobs.moves import JOBS_TOPIC, move, topic_of
-from app.metrics import points_of_event
+from app.metrics import points_of_event, read_curve
 from app.services import Services
 from app.tables import Attempt, CheckpointRow, Job, Metric
 from app.tables import Event as EventRow
@@ -52,12 +52,13 @@ from core.events import (
     parse_event,
 )
 from core.states import JobState
-from core.wire import EVENT_GROUP, EVENT_STREAM, WireEvent
+from core.wire import EVENT_GROUP, EVENT_STREAM, MAX_EVENTS_A_BATCH, WireEvent
 
 log = logging.getLogger(__name__)
 
-# A batch in one transaction waits for no other; more entries would only make the transaction longer.
 ENTRIES_A_READ = 100
+# A transaction of so many steps takes half a second on a slow machine; heartbeats and submits wait for it.
+EVENTS_A_TRANSACTION = 1000
 BLOCK_MS = 1000  # so that a stop is noticed
 SHORTEST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 5.0
@@ -67,7 +68,9 @@ SMOOTHING = 0.1  # share of the newest step in seconds_per_step
 TRAINING_PHASE = "train"
 PROGRESS = (Phase, Plan, Step, Eval, Checkpoint, End)
 
-_EVENTS: TypeAdapter[tuple[WireEvent, ...]] = TypeAdapter(tuple[WireEvent, ...])
+_EVENTS: TypeAdapter[tuple[WireEvent, ...]] = TypeAdapter(
+    Annotated[tuple[WireEvent, ...], Field(max_length=MAX_EVENTS_A_BATCH)]
+)
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,8 @@ def _after_step(session: Session, job: Job, event: Step, effects: _Effects) -> d
     else:
         # The first step of an attempt: what the steps before it trained, those redone counted once.
         _write_points(session, effects)
-        trained_tokens = trained_tokens_before(session, job.id, event.step) + event.trained_tokens
+        curve = read_curve(session, job, "trained_tokens")
+        trained_tokens = event.trained_tokens + int(sum(value or 0 for step, value in curve if step < event.step))
     seconds_per_step = before.get("seconds_per_step", event.step_s)
     return before | {
         "step": event.step,
@@ -227,23 +231,6 @@ def _after_step(session: Session, job: Job, event: Step, effects: _Effects) -> d
         "trained_tokens": trained_tokens,
         "seconds_per_step": seconds_per_step + SMOOTHING * (event.step_s - seconds_per_step),
     }
-
-
-def trained_tokens_before(session: Session, job: str, step: int) -> int:
-    """Over the job's steps below `step`, each from the newest attempt that made it."""
-    name = "trained_tokens"
-    newest = (
-        select(col(Metric.step), func.max(Metric.attempt).label("attempt"))
-        .where(Metric.job == job, Metric.name == name, col(Metric.step) < step)
-        .group_by(col(Metric.step))
-        .subquery()
-    )
-    total = session.execute(
-        select(func.sum(Metric.value))
-        .join(newest, (newest.c.step == Metric.step) & (newest.c.attempt == Metric.attempt))
-        .where(Metric.job == job, Metric.name == name)
-    ).scalar_one()
-    return int(total or 0)
 
 
 def _write(session: Session, effects: _Effects) -> None:
@@ -323,7 +310,7 @@ class StreamReader(threading.Thread):
             try:
                 position = self._read(position)
                 pause_s = SHORTEST_PAUSE_S
-            except (redis.RedisError, OSError, DBAPIError) as error:
+            except (redis.RedisError, OSError, OperationalError) as error:
                 log.warning("the event stream is not read for %.2f s: %s", pause_s, error)
                 position = "0"
                 self._stopping.wait(pause_s)
@@ -355,24 +342,25 @@ class StreamReader(threading.Thread):
 
     def _record(self, entries: Sequence[dict[bytes, bytes] | None]) -> None:
         batches = [batch for entry in entries if (batch := parse_entry(entry)) is not None]
-        try:
-            record(self._services, batches)
-        except DBAPIError:
-            raise  # the database's trouble, not the entry's: it is tried again
-        except Exception:
-            # The border of this loop: one entry that finds a mistake of ours must not dam up all jobs. It is not
-            # lost, since its watermark stands still and the relay sends it by HTTP.
-            log.exception("a read of %d entries is recorded entry by entry", len(batches))
-            for batch in batches:
-                self._record_alone(batch)
+        for portion in portions(batches):
+            try:
+                record(self._services, portion)
+            except OperationalError:
+                raise  # the database's trouble, not the entries': they are tried again
+            except Exception:
+                # The border of this loop: an entry that finds a mistake of ours must not dam up all jobs. It is not
+                # lost, since its watermark stands still and the relay sends it by HTTP.
+                log.exception("%d batches are recorded one by one", len(portion))
+                self._record_one_by_one(portion)
 
-    def _record_alone(self, batch: Batch) -> None:
-        try:
-            record(self._services, [batch])
-        except DBAPIError:
-            raise
-        except Exception:
-            log.exception("a batch of %s.%d is left to the sure road", batch.job, batch.attempt)
+    def _record_one_by_one(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            try:
+                record(self._services, [batch])
+            except OperationalError:
+                raise
+            except Exception:
+                log.exception("a batch of %s.%d is left to the sure road", batch.job, batch.attempt)
 
     def _make_group(self) -> None:
         try:
@@ -380,6 +368,18 @@ class StreamReader(threading.Thread):
         except redis.ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise
+
+
+def portions(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+    """Cut so that each has few enough events for one transaction, in the order of the stream."""
+    portion: list[Batch] = []
+    for batch in batches:
+        if portion and sum(len(each.events) for each in (*portion, batch)) > EVENTS_A_TRANSACTION:
+            yield portion
+            portion = []
+        portion.append(batch)
+    if portion:
+        yield portion
 
 
 def parse_entry(fields: dict[bytes, bytes] | None) -> Batch | None:

@@ -82,6 +82,7 @@ def dispatch(session: Session, job: Job, host: str, devices: tuple[str, ...], no
         dispatched_at=now,
         sent_at=now,
         lease_until=None,
+        checkpoint_request=0,  # what was asked of the attempt before is no wish of this one
         not_before=None,
         wait_code=None,
         wait_parameters=None,

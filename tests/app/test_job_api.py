@@ -164,6 +164,7 @@ def test_a_retry_starts_from_the_checkpoint_where_it_lies(house: House, host: Fa
     host.send(launch, [step(1, 3, loss=0.5)])
     metrics = house.api("bob").get(f"/api/v1/jobs/{again}/metrics", params={"names": "loss"}).json()
     assert metrics == {"x": "step", "series": {"loss": [[1, 3.0], [2, 1.5], [3, 0.5]]}}
+    assert job_of(house.services, again).summary["trained_tokens"] == 300
     host.finish(launch, "failed", final_seq=1, reason="oom")
     third = house.api("bob").post(f"/api/v1/jobs/{again}/retry").json()["id"]
     assert job_of(house.services, third).resume_jobs == [again, job]

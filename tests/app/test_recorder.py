@@ -13,7 +13,7 @@ from sqlmodel import select
 
 from app.jobs.attempts import finish
 from app.metrics import read_curve
-from app.recorder import Batch, record
+from app.recorder import Batch, portions, record
 from app.tables import Attempt, CheckpointRow, Job
 from core.wire import AttemptRef, Finish, WireEvent
 from tests.app.ledger import Ledger, open_ledger
@@ -267,3 +267,11 @@ def test_streams_are_woken_after_the_commit_and_only_by_news(ledger: Ledger) -> 
     assert wake.version(topic) == seen
     ledger.record(launch, log(2, "b"))
     assert wake.version(topic) == seen + 1
+
+
+def test_a_large_backlog_is_recorded_in_portions_that_keep_its_order() -> None:
+    sizes = [400, 400, 400, 1, 1000, 1, 999]
+    batches = [Batch(job="job_a", attempt=n, events=[log(1, "x")] * size) for n, size in enumerate(sizes)]
+    cut = list(portions(batches))
+    assert [batch.attempt for portion in cut for batch in portion] == list(range(len(sizes)))
+    assert [[len(batch.events) for batch in portion] for portion in cut] == [[400, 400], [400, 1], [1000], [1, 999]]

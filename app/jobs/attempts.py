@@ -1,10 +1,10 @@
 """An attempt's life, as the dispatcher begins it, its host lives it, and somebody ends it.
 
-    dispatch   queued -> dispatching   a new number, a new fence, devices of one host
-    claim      dispatching -> starting granted once; the same host may ask again and gets the same answer
-    beat       (no move)               lease, and what is wanted of the attempt
+    dispatch   queued -> dispatching    a new number, a new fence, devices of one host
+    claim      dispatching -> starting  granted once; the same host may ask again and gets the same answer
+    beat       (no move)                lease, and what is wanted of the attempt
     finish     -> succeeded | failed | paused | cancelled, or back to queued
-    give_up    dispatching -> queued   nobody claimed it
+    give_up    dispatching -> queued    nobody claimed it
     lose       -> queued | failed | paused | cancelled, when its host has been silent for too long
 
 The fence is what keeps two hosts from doing one job's work: each dispatch, each giving up and each loss counts it up,

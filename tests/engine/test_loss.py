@@ -121,7 +121,8 @@ def test_gradient_checkpointing_changes_nothing(folders: dict[str, Path]) -> Non
 def test_bf16_keeps_trained_weights_and_gradients_in_fp32(folders: dict[str, Path]) -> None:
     step = tiny.step_of(tiny.some_samples())
     exact, _ = tiny.gradients(tiny.load(folders["llama"], method={"type": "full"}), step)
-    for method in ({"type": "full"}, {"type": "lora", "rank": 4}):
+    whole = {"type": "lora", "rank": 4, "modules_to_save": ["lm_head", "embed_tokens"]}
+    for method in ({"type": "full"}, {"type": "lora", "rank": 4}, whole):
         model = tiny.load(folders["llama"], method=method, compute={"dtype": "bf16"})
         loss, gradient = tiny.gradients(model, step)
         assert loss != exact and loss == pytest.approx(exact, rel=2e-2)

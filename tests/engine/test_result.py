@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 
 from tests.engine import tiny
@@ -56,6 +57,25 @@ def test_merged_equals_applied(tmp_path: Path, family: str, method: dict) -> Non
     torch.testing.assert_close(logits_of(model, batch()), applied, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", VARIANTS, ids=lambda method: next(iter(method), "plain"))
+def test_over_a_bf16_base_each_layer_merges_in_fp32(
+    tmp_path: Path, method: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.save_base(tmp_path / "base")
+    model = tiny.load(folder, method={"type": "lora", "rank": 4, **method}, compute={"dtype": "bf16"})
+    with torch.no_grad():
+        for name, weight in model.trainable().items():
+            if "lora_B" in name:
+                weight.normal_(0, 0.3)
+    model.model.eval()
+    model.model.save_pretrained(tmp_path / "result", save_embedding_layers=False)
+    verify_adapter(tmp_path / "result", model, folder)
+    real = Linear.merge
+    monkeypatch.setattr(Linear, "merge", lambda self: (real(self), self.base_layer.weight.mul_(1.01)))
+    with pytest.raises(BrokenResult, match="merged, differs"):
+        verify_adapter(tmp_path / "result", model, folder)
+
+
 def change(folder: Path, name: str, edit: object) -> None:
     tensors = load_file(folder / name)
     edit(tensors)
@@ -94,7 +114,7 @@ def test_a_config_that_scales_otherwise_gives_other_logits(tmp_path: Path) -> No
     model.model.save_pretrained(tmp_path / "result", save_embedding_layers=False)
     config = tmp_path / "result/adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 32', '"lora_alpha": 64'))
-    with pytest.raises(BrokenResult, match="read back gives other logits"):
+    with pytest.raises(BrokenResult, match="read back differs"):
         verify_adapter(tmp_path / "result", model, tmp_path / "base")
 
 

@@ -438,3 +438,36 @@ def test_a_process_of_its_own_is_kept_out_by_another_and_killed_for_good(
     assert process.returncode == -signal.SIGKILL and not (job / "outcome.json").exists()
     assert jobs.run(job, monkeypatch) == 0
     assert_equal_runs(finished, job)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mistral", "qwen2"])
+@pytest.mark.parametrize("method", [{"type": "lora", "rank": 4}, {"type": "full"}], ids=lambda method: method["type"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_families_methods_and_precisions_reach_a_verified_result(
+    tmp_path: Path, data: Path, family: str, method: dict, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"n_positions": 512} if family == "gpt2" else {}
+    base = jobs.make_model(tmp_path / "base", family, **changes)
+    job = jobs.make_job(
+        tmp_path / "job",
+        base,
+        data,
+        method=method,
+        schedule={"learning_rate": 0.01, "max_steps": 2},
+        compute={"dtype": dtype, "gradient_checkpointing": dtype == "bf16"},
+    )
+    assert jobs.run(job, monkeypatch) == 0, jobs.outcome_of(job).text
+    assert not jobs.events_of(job, "warning")
+    assert {path.name for path in (job / "result").iterdir()} >= {"README.md", "generation_config.json"}
+
+
+def test_where_no_checkpoint_verifies_nothing_is_begun_anew_in_silence(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs.make_job(tmp_path / "job", model, data)
+    with pytest.raises(jobs.Killed):
+        jobs.run(job, monkeypatch, jobs.kill_before(5))
+    for path in checkpoint.checkpoints_in(job / "checkpoints"):
+        (path / checkpoint.MANIFEST).write_text("{}")
+    assert jobs.run(job, monkeypatch) == 70
+    assert "no checkpoint verifies" in jobs.outcome_of(job).text and "start over" in jobs.outcome_of(job).text

@@ -58,9 +58,8 @@ FAMILIES: dict[str, dict] = {
 
 
 def tiny_config(family: str, **changes: object) -> AutoConfig:
-    values = {**({} if family == "gpt2" else _SHARED), **FAMILIES.get(family, {}), **changes}
-    if family == "gpt2":
-        values |= {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+    shared = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2} if family == "gpt2" else _SHARED
+    values = {**shared, **FAMILIES.get(family, {}), **changes}
     return AutoConfig.for_model(family, **values)
 
 

@@ -205,6 +205,8 @@ def load_model(path: Path, spec: JobSpec, asked_attention: str, device: torch.de
         assert isinstance(spec.method, Adapter)
         model = _with_adapters(base, spec.method, spec.model.adapter, warn)
     ready = LanguageModel(model, device, dtype)
+    for weight in ready.trainable().values():  # PEFT leaves modules_to_save in the base's type
+        weight.data = weight.data.float()
     ready.model.eval()
     ready.choose_attention(asked_attention, warn)  # type: ignore[arg-type]  # a Literal of the spec
     ready.find_head(warn)
@@ -212,7 +214,6 @@ def load_model(path: Path, spec: JobSpec, asked_attention: str, device: torch.de
         with quiet_libraries():
             ready.base.gradient_checkpointing_enable({"use_reentrant": False})
     ready.model.train()
-    assert all(weight.dtype == torch.float32 for weight in ready.trainable().values())
     return ready
 
 

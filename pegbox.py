@@ -157,6 +157,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from worker.by_hand import prepare_directory, print_plan, read_spec_file
+    from worker.processes import PATIENT_THREADS
     from worker.settings import WorkerSettings
 
     spec = read_spec_file(arguments.file)
@@ -169,6 +170,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if prepared.is_finished:
         print(f"{arguments.out} is finished; its result is in {arguments.out / 'result'}", file=sys.stderr)
         return 0
+    # Read by OpenMP when torch is loaded.
+    os.environ.update(PATIENT_THREADS)
     from worker.engine.train import main as train
 
     return train(prepared.directory)

@@ -1,6 +1,7 @@
 """What jobs need around them: a data set, a host that speaks /worker/v1, and the events that a trainer would emit."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -182,3 +183,10 @@ def log(seq: int, text: str) -> WireEvent:
 
 def checkpoint(seq: int, step: int, best: bool = False) -> WireEvent:
     return wire(seq, "checkpoint", step=step, path=f"checkpoints/step-{step}", bytes=1000, best=best)
+
+
+def wait_until(is_true: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)

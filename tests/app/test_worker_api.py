@@ -11,7 +11,6 @@ from app.tables import Attempt, Job
 from core.wire import AttemptRef
 from tests.app.conftest import House
 from tests.app.scene import (
-    SPEC,
     FakeHost,
     checkpoint,
     connect_host,
@@ -329,7 +328,3 @@ def test_an_unclaimed_attempt_that_fails_fails_its_job(house: House, host: FakeH
     assert host.finish(launch, "failed", reason="internal", text="cannot be started").json() == {"state": "failed"}
     with house.services.database.read() as session:
         assert session.get_one(Job, job).text == "cannot be started"
-
-
-def test_the_spec_of_the_scene_is_minimal() -> None:
-    assert set(SPEC) == {"data"}

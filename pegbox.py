@@ -98,23 +98,11 @@ def _put_place_into_environment(arguments: argparse.Namespace) -> None:
 
 
 def _web(arguments: argparse.Namespace) -> int:
-    import uvicorn
-
+    from app.server import serve
     from app.settings import load_settings
 
     _put_place_into_environment(arguments)
-    settings = load_settings()
-    uvicorn.run(
-        "app.main:create_app",
-        factory=True,
-        host=settings.host,
-        port=settings.port,
-        root_path=settings.root_path,
-        log_level="info",
-        access_log=False,
-        # Live streams never end by themselves.
-        timeout_graceful_shutdown=3,
-    )
+    serve(load_settings())
     return 0
 
 

@@ -45,10 +45,13 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """One short transaction: committed at the end, rolled back when anything is raised."""
-        with self._writing, self.engine.connect().execution_options(writes=True) as connection:
-            with Session(connection, expire_on_commit=False) as session:
-                yield session
-                session.commit()
+        with (
+            self._writing,
+            self.engine.connect().execution_options(writes=True) as connection,
+            Session(connection, expire_on_commit=False) as session,
+        ):
+            yield session
+            session.commit()
 
     def close(self) -> None:
         self.engine.dispose()

@@ -121,8 +121,8 @@ TEXTS: dict[str, str] = {
     ),
     "engine.attention_refused": N_("{problem}; choose auto, which takes what runs on this model and says so"),
     "engine.leak": N_(
-        "this model lets packed samples see each other (changing one moves its neighbour by {leak:.2g} of the scale "
-        "of its logits), and with batch.rows_per_step steps are made of packed rows; give batch.samples_per_step, "
+        "this model lets packed samples see each other (changing one moves its neighbour's hidden states by "
+        "{leak:.2g} of their scale), and with batch.rows_per_step steps are made of packed rows; give batch.samples_per_step, "
         "which then runs one sample a row, or set packing.mode to padded"
     ),
     "engine.no_checkpoint": N_("no checkpoint verifies: {problems}; start over, which trains from the first step"),

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.jobs import wait_until
-from worker.engine.ending import Stopped
-from worker.engine.signals import Signals
+from worker.engine.signals import Signals, Stopped
 
 
 def test_a_stop_interrupts_once_where_it_may_and_is_noted_elsewhere() -> None:

@@ -12,6 +12,7 @@ from core.errors import UserError, UserErrors
 from core.events import FailureReason
 from core.spec import Batch, JobSpec
 from worker.engine.checkpoint import NoSpace, is_want_of_space
+from worker.engine.signals import Stopped
 from worker.job_directory import EXIT_CODES, OutcomeFile
 
 log = logging.getLogger(__name__)
@@ -22,10 +23,6 @@ CPU_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|Default
 DATA_CODES = ("data.", "chat.", "plan.no_samples")
 # A person can mend it, but not by changing the spec.
 INTERNAL_CODES = ("engine.no_checkpoint", "engine.no_device")
-
-
-class Stopped(Exception):
-    """A stop signal has been obeyed: at a step border behind a checkpoint, or where there was nothing to save."""
 
 
 class Diverged(Exception):

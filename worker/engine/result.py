@@ -302,8 +302,9 @@ tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER")
             {"assistant": "assistant turns", "last": "the last turn", "all": "every token"}[spec.data.train_on],
         ),
         ("Seed", str(spec.seed)),
-        ("Loss of the last step", "not a number" if facts.loss is None else f"{facts.loss:.4f}"),
     ]
+    if facts.loss is not None:  # a run that was resumed behind its last step made none
+        rows.append(("Loss of the last step", f"{facts.loss:.4f}"))
     if facts.eval_loss is not None:
         rows.append(("Loss on held-out samples", f"{facts.eval_loss:.4f}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from worker.engine.ending import Stopped
+
+class Stopped(Exception):
+    """A stop signal has been obeyed: at a step border behind a checkpoint, or where there was nothing to save."""
 
 
 class Signals:

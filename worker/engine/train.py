@@ -44,7 +44,7 @@ from worker.engine.checkpoint import Manifest, NoSpace, Progress
 from worker.engine.data import Corpus, load_corpus
 from worker.engine.device import find_device
 from worker.engine.emit import Emitter
-from worker.engine.ending import Diverged, Stopped, outcome_of
+from worker.engine.ending import Diverged, outcome_of
 from worker.engine.evaluate import answer, evaluate
 from worker.engine.loss import backward
 from worker.engine.model import LanguageModel, load_model
@@ -52,7 +52,7 @@ from worker.engine.models import profile_model
 from worker.engine.probe import leaks, measure_leak
 from worker.engine.records import SampleRecords
 from worker.engine.result import Facts, end_of_turn, save_result, stop_ids
-from worker.engine.signals import Signals, die_with_parent
+from worker.engine.signals import Signals, Stopped, die_with_parent
 from worker.engine.tokenizer import HfChatTokenizer
 from worker.job_directory import EXIT_CODES, Inputs, OutcomeFile, write_atomically, write_json
 
@@ -169,9 +169,10 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
 
     # Probe: a model on which packed samples see each other gets one sample a row, or is refused.
     run.enter("probe")
-    leak = measure_leak(model, asked.seed)
-    if plan.settings.mode == "packed" and leaks(model, leak):
-        plan = one_sample_a_row(run, plan, asked, leak, plan_of)
+    if plan.settings.mode == "packed":
+        leak = measure_leak(model, asked.seed)
+        if leaks(model, leak):
+            plan = one_sample_a_row(run, plan, asked, leak, plan_of)
     weights = model.trainable()
     run.plan_fields = {
         **plan.plan_event(),
@@ -349,8 +350,8 @@ def one_sample_a_row(
     run.spec = alone.spec
     run.emitter.warn(
         "leak",
-        f"this model lets packed samples see each other (a changed neighbour moves logits by {leak:.2g} of their "
-        f"scale), so each sample gets a row of its own: the same steps, but {packing.padded.rows:,} rows an epoch "
+        f"this model lets packed samples see each other (a changed neighbour moves their hidden states by {leak:.2g} "
+        f"of the scale), so each sample gets a row of its own: the same steps, but {packing.padded.rows:,} rows an epoch "
         f"instead of {packing.packed.rows:,}, with {packing.padded.slots:,} slots instead of "
         f"{packing.packed.slots:,}; expect it to take longer",
     )

@@ -351,7 +351,7 @@ def one_sample_a_row(
     run.emitter.warn(
         "leak",
         f"this model lets packed samples see each other (a changed neighbour moves their hidden states by {leak:.2g} "
-        f"of the scale), so each sample gets a row of its own: the same steps, but {packing.padded.rows:,} rows an epoch "
+        f"of the scale), so each sample gets its own row: the same steps, but {packing.padded.rows:,} rows an epoch "
         f"instead of {packing.packed.rows:,}, with {packing.padded.slots:,} slots instead of "
         f"{packing.packed.slots:,}; expect it to take longer",
     )

@@ -143,9 +143,9 @@ _PASSED_ON_PREFIXES = ("HF_", "LC_", "NCCL_", "NVIDIA_", "PYTORCH_", "TORCH_", "
 _PROXIES = {"http_proxy", "https_proxy", "no_proxy", "all_proxy"}
 
 
-# OpenMP's threads otherwise spin while they wait for each other. Where anything else wants the cores, that cost 4.4 times
-# the CPU and 3.5 times the wall time of small matrix products (two threads on two shared cores), and where nothing does
-# it gains little.
+# OpenMP's threads otherwise spin while they wait for each other. Where anything else wants the cores, that cost 4.4
+# times the CPU and 3.5 times the wall time of small matrix products (two threads on two shared cores), and where
+# nothing does it gains little.
 PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 

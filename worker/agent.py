@@ -239,7 +239,6 @@ def take_inventory(settings: WorkerSettings) -> wire.HostReport:
     """GPUs, models and versions, by a child: only the engine may import torch, and a broken driver ends the child."""
     argv = [*settings.inventory_argv, "--gpus", settings.gpus]
     argv += ["--hash-cache", str(settings.worker_dir / "model-hashes.json")]
-    argv += ["--hash-cache", str(settings.worker_dir / "model_hashes.json")]
     for root in settings.model_roots:
         argv += ["--model-root", str(root)]
     if settings.cpu_slots is not None:

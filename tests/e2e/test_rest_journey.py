@@ -70,7 +70,7 @@ def test_two_jobs_run_at_a_time_and_the_third_says_why_it_waits(house: House) ->
     try:
         for job in jobs[:2]:
             house.wait_for_state(job, "running")
-        waiting = wait_until(lambda: house.job(jobs[2]).get("wait_reason"), "the third says why it waits")
+        waiting = wait_until(lambda: (house.job(jobs[2])["wait"] or {}).get("text"), "the third says why it waits")
         assert "2 of 2 CPU slots" in waiting
     finally:
         for job in reversed(jobs):

@@ -1,9 +1,6 @@
 """What the outside may ask of a trainer while it works, and when it is heard."""
 
-import ctypes
-import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -44,15 +41,3 @@ class Signals:
         """At a border between two phases: a stop whose exception was swallowed by a library's callback."""
         if self.stop_requested:
             raise Stopped
-
-
-def die_with_parent() -> None:
-    """With PEGBOX_PARENT_DEATH=1, the kernel kills this process when the one that started it dies, however it dies."""
-    if os.environ.get("PEGBOX_PARENT_DEATH") != "1":
-        return
-    pr_set_pdeathsig = 1
-    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    # It may have died before we asked.
-    if os.getppid() != int(os.environ.get("PEGBOX_PARENT_PID", os.getppid())):
-        sys.exit("the parent ended before the trainer began")

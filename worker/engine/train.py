@@ -52,7 +52,7 @@ from worker.engine.models import profile_model
 from worker.engine.probe import leaks, measure_leak
 from worker.engine.records import SampleRecords
 from worker.engine.result import Facts, end_of_turn, save_result, stop_ids
-from worker.engine.signals import Signals, Stopped, die_with_parent
+from worker.engine.signals import Signals, Stopped
 from worker.engine.tokenizer import HfChatTokenizer
 from worker.job_directory import EXIT_CODES, Inputs, OutcomeFile, write_atomically, write_json
 
@@ -526,7 +526,6 @@ def main(job_dir: Path) -> int:
     """Trains the job in `job_dir` and returns the exit code that outcome.json holds."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     transformers.utils.logging.disable_progress_bar()
-    die_with_parent()
     with (job_dir / ".trainer.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -97,6 +97,14 @@ def _put_place_into_environment(arguments: argparse.Namespace) -> None:
         os.environ["PEGBOX_PORT"] = str(arguments.port)
 
 
+def _read_dotenv() -> None:
+    """For workers and trainers, whose settings come from the environment alone."""
+    from app.settings import read_dotenv
+
+    for name, value in read_dotenv(Path(".env")).items():
+        os.environ.setdefault(name, value)
+
+
 def _web(arguments: argparse.Namespace) -> int:
     from app.server import serve
     from app.settings import load_settings
@@ -113,6 +121,7 @@ def _worker(arguments: argparse.Namespace) -> int:
     from worker.settings import WorkerSettings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker: %(message)s")
+    _read_dotenv()
     if arguments.server:
         os.environ["PEGBOX_URL"] = arguments.server
     if arguments.token:
@@ -148,6 +157,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from worker.processes import PATIENT_THREADS
     from worker.settings import WorkerSettings
 
+    _read_dotenv()
     spec = read_spec_file(arguments.file)
     model_roots = WorkerSettings.from_environment().model_roots
     if arguments.dry_run:

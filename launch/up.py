@@ -100,7 +100,8 @@ class Launch:
         pegbox = [sys.executable, "-m", "pegbox"]
         self._start(Child("web", [*pegbox, "web"], environment, log=self._log("web")))
         self._wait_until_ready()
-        environment["PEGBOX_WORKER_TOKEN"] = self._worker_token()
+        # Not the public address: a proxy in front must not stand between processes of one machine.
+        environment |= {"PEGBOX_WORKER_TOKEN": self._worker_token(), "PEGBOX_URL": self.local_url}
         slots = [] if self._cpu_slots is None else ["--cpu-slots", str(self._cpu_slots)]
         argv = [*pegbox, "worker", "--gpus", self._gpus, *slots]
         self._start(Child("worker", argv, environment, log=self._log("worker")))
@@ -164,7 +165,7 @@ class Launch:
     def local_url(self) -> str:
         """How this machine reaches the web service, whatever its public address is."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.settings.host, self.settings.host)  # noqa: S104
-        return f"http://{host}:{self.settings.port}{self.settings.root_path}"
+        return f"http://{host}:{self.settings.port}"
 
     def _worker_token(self) -> str:
         """The one that this data directory's worker had, if it is still good: a token is bound to its host."""

@@ -77,6 +77,9 @@ class Agent:
                 consumer.ask_to_stop()
             for consumer in self.consumers:
                 consumer.stop()
+            # So that nothing is sent to a host that takes nothing any more.
+            with suppress(Away, Unknown):
+                self.server.beat(self.host, self._beat().model_copy(update={"is_leaving": True}))
 
     def stop(self) -> None:
         self.stopping.set()

@@ -122,7 +122,9 @@ def job_context(session: Session, services: Services, job: Job, tab: str) -> dic
         "last_lines": [],
     }
     if job.state == JobState.FAILED:
-        context["last_lines"] = _log(session, job.id, LAST_LINES)
+        # The failure itself is the card that they stand in.
+        lines = _log(session, job.id, LAST_LINES + 1)
+        context["last_lines"] = [line for line in lines if line["kind"] != "failure"][-LAST_LINES:]
     match tab:
         case "overview":
             context["plan"] = planned(job)

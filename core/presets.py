@@ -33,14 +33,14 @@ PRESETS: tuple[Preset, ...] = (
     Preset(
         "demo",
         N_("Tiny demo"),
-        N_("The built-in model learns short dialogues in a minute or two, on a CPU too."),
+        N_("The built-in model learns short dialogues in less than a minute, on a CPU too."),
         {
             "name": "tiny demo",
             "model": {"base": "demo/tiny-llama"},
             "data": {"train": [{"dataset": "demo-dialogues"}]},
             "method": {"type": "lora", "rank": 16, "alpha": 32},
             # A model of 2 M parameters takes, and needs, larger steps than a model of billions.
-            "schedule": {"learning_rate": 3e-3, "epochs": 3},
+            "schedule": {"learning_rate": 3e-3, "epochs": 1.5},
         },
     ),
     Preset(

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from sqlalchemy import String, cast
 from sqlmodel import Session, col, select
 
 from app.datasets import store
@@ -59,9 +60,10 @@ def dataset_page(request: Request, services: AnyServices, name: str, version: st
 
 
 def _jobs_that_used(session: Session, dataset: Dataset) -> Sequence[Job]:
-    jobs = session.exec(select(Job).order_by(col(Job.created_at).desc()))
-    used = (job for job in jobs if dataset.name in store.names_in(job.spec))
-    return [job for _, job in zip(range(MOST_JOBS), used, strict=False)]
+    """The newest; a stored spec names its data as NAME@VERSION."""
+    mentions = cast(Job.spec, String).contains(f'"{dataset.name}@', autoescape=True)
+    jobs = session.exec(select(Job).where(mentions).order_by(col(Job.created_at).desc()).limit(MOST_JOBS))
+    return [job for job in jobs if dataset.name in store.names_in(job.spec)]
 
 
 def _profile(session: Session, version: DatasetVersion) -> dict[str, Any] | None:

@@ -261,6 +261,12 @@ def test_a_data_set_shows_every_refused_row_with_its_line(house: House) -> None:
     assert "<td>6</td>" in page and "<td>7</td>" in page
     assert "alpaca" in page and 'href="/jobs/new?dataset=pairs"' in page
     assert "pairs" in browser.get("/datasets").text
+    connect_host(house)
+    put_data(house)
+    put_data(house, "sums2")
+    job, other = (submit(house, data={"train": [{"dataset": name}]}) for name in ("sums", "sums2"))
+    used = browser.get("/datasets/sums").text
+    assert f'href="/jobs/{job}"' in used and f'href="/jobs/{other}"' not in used
     assert browser.get("/datasets/none").status_code == 404
 
 

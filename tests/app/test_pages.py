@@ -3,7 +3,9 @@
 import html
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import pytest
 from fastapi.testclient import TestClient
 from sqlmodel import select
 
@@ -302,3 +304,17 @@ def test_below_a_proxys_path_every_link_stays_below_it(house: House) -> None:
             assert links and all(link.startswith("/pegbox/") for link in links), path
     finally:
         app.root_path = ""
+
+
+def test_without_the_browser_files_every_page_works_and_says_so(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect_host(house)
+    put_data(house)
+    job = submit(house)
+    browser = house.browser("bob")
+    monkeypatch.setattr("app.pages.environment.VENDOR", tmp_path)
+    for path in ("/jobs", "/jobs/new", f"/jobs/{job}", "/datasets", "/hosts", "/settings"):
+        page = browser.get(path)
+        assert page.status_code == 200 and "python -m app.vendor" in page.text, path
+        assert "/static/vendor/" not in page.text and "hx-sse:connect" not in page.text, path

@@ -22,7 +22,7 @@ setup: .venv/.installed static/vendor/manifest.json ## Install everything into .
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[web,worker,dev]'
 	@touch $@
 
-static/vendor/manifest.json: package.json package-lock.json .venv/.installed
+static/vendor/manifest.json: package.json package-lock.json app/vendor.py .venv/.installed
 	$(BIN)/python -m app.vendor
 
 demo: setup ## Train the built-in model on the built-in data, and stay up (ARGS=--exit ends after it)
@@ -48,7 +48,7 @@ docs: setup ## Write docs/spec.md from core/spec.py
 	$(BIN)/python -m launch.reference
 
 messages: setup ## Extract all texts for translators into locale/pegbox.pot
-	$(BIN)/pybabel -q extract -F babel.cfg -k N_ -k _ -k ngettext:1,2 --no-location --omit-header -o locale/pegbox.pot .
+	$(BIN)/pybabel -q extract -F babel.cfg -k N_ -k _ -k ngettext:1,2 -k knob:2 --no-location --omit-header -o locale/pegbox.pot .
 
 migration: setup ## Write a migration from the difference between tables and schema (ARGS="what changes")
 	$(BIN)/alembic -c migrations/alembic.ini revision --autogenerate -m "$(ARGS)"

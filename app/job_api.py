@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response, status
+from fastapi import APIRouter, Depends, Query, Request, Response, status
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlmodel import Session, col, select
@@ -23,7 +23,7 @@ from app.jobs import (
 from app.jobs.create import settle
 from app.live import After, EventView, LastEventId, api_events, cursor_from, wants_stream
 from app.metrics import NAMES, Point, parse_names, read_curve, thin
-from app.problems import not_found
+from app.problems import faults_lie_in_spec, not_found
 from app.profiles import refuse_unplannable
 from app.services import AnyServices, Services
 from app.tables import ArtifactRow, Attempt, CheckpointRow, Event, Host, Job, User
@@ -181,7 +181,12 @@ class PatchJob(Body):
 
 
 # -- routes --------------------------------------------------------------------------------------------------------
-@router.post("", status_code=status.HTTP_201_CREATED, response_model=JobView)
+@router.post(
+    "",
+    status_code=status.HTTP_201_CREATED,
+    response_model=JobView,
+    dependencies=[Depends(faults_lie_in_spec)],
+)
 def post_job(body: CreateJob, once: OnlyOnce, caller: AnyCaller, services: AnyServices) -> Response:
     spec = parse_spec(body.spec)
     refuse_unbuilt(spec)

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.problems import faults_lie_in_spec
 from app.profiles import Wanted, plan_for, read_result, want_profiles
 from app.services import AnyServices
 from core.errors import UserError
@@ -99,7 +100,12 @@ class ProfileView(BaseModel):
     preview: tuple[TokenPreview, ...]
 
 
-@router.post("/api/v1/jobs/preflight", tags=["jobs"], responses={202: {"model": Profiling}})
+@router.post(
+    "/api/v1/jobs/preflight",
+    tags=["jobs"],
+    responses={202: {"model": Profiling}},
+    dependencies=[Depends(faults_lie_in_spec)],
+)
 def preflight(body: PreflightRequest, services: AnyServices) -> Preflight:
     """202 while a host measures the data, then 200; 422 with every fault where the job can't run."""
     plan = plan_for(services, parse_spec(body.spec))

@@ -54,7 +54,15 @@ def is_api(request: Request) -> bool:
     return get_route_path(request.scope).startswith(API_PREFIXES)
 
 
-def problem_body(status: int, detail: str, errors: Sequence[UserError], request_id: str) -> dict[str, Any]:
+def faults_lie_in_spec(request: Request) -> None:
+    """A dependency of routes whose body is {"spec": ...}: a fault's field counts from the spec, its pointer from the
+    body."""
+    request.state.pointer_prefix = "/spec"
+
+
+def problem_body(
+    status: int, detail: str, errors: Sequence[UserError], request_id: str, prefix: str = ""
+) -> dict[str, Any]:
     code = errors[0].code if errors else f"http.{status}"
     body: dict[str, Any] = {
         "type": "about:blank",
@@ -63,7 +71,7 @@ def problem_body(status: int, detail: str, errors: Sequence[UserError], request_
         "detail": detail,
         "request_id": request_id,
         "errors": [
-            {"pointer": _pointer(error.field), "code": error.code, "detail": error.text()} | _fix(error)
+            {"pointer": prefix + _pointer(error.field), "code": error.code, "detail": error.text()} | _fix(error)
             for error in errors
         ],
         "error": {
@@ -98,7 +106,8 @@ def respond(
     request_id = str(request.scope.get("request_id", ""))
     detail = detail or "; ".join(_sentence(error) for error in errors)
     if is_api(request):
-        body = problem_body(status, detail, errors, request_id) | dict(members or {})
+        prefix = getattr(request.state, "pointer_prefix", "")
+        body = problem_body(status, detail, errors, request_id, prefix) | dict(members or {})
         return JSONResponse(body, status_code=status, headers=dict(headers or {}), media_type=PROBLEM_JSON)
     context = {
         "status": status,
@@ -138,6 +147,7 @@ def install_problems(app: FastAPI) -> None:
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         faults = list(_validation_faults(error))
+        request.state.pointer_prefix = ""  # these count from the body
         return respond(request, 400 if faults[0].code == "request.not_json" else 422, faults)
 
     async def on_http(request: Request, error: Exception) -> Response:

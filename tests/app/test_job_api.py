@@ -73,21 +73,21 @@ def test_the_same_key_makes_one_job(house: House, host: FakeHost) -> None:
 @pytest.mark.parametrize(
     ("change", "errors"),
     [
-        ({"data": {"train": [{"dataset": "sum"}]}}, [("/data/train/0/dataset", "job.unknown_dataset")]),
-        ({"data": {"train": [{"dataset": "sums@000000"}]}}, [("/data/train/0/dataset", "job.unknown_version")]),
-        ({"data": {"train": [{"dataset": "../etc"}]}}, [("/data/train/0/dataset", "job.unknown_dataset")]),
+        ({"data": {"train": [{"dataset": "sum"}]}}, [("/spec/data/train/0/dataset", "job.unknown_dataset")]),
+        ({"data": {"train": [{"dataset": "sums@000000"}]}}, [("/spec/data/train/0/dataset", "job.unknown_version")]),
+        ({"data": {"train": [{"dataset": "../etc"}]}}, [("/spec/data/train/0/dataset", "job.unknown_dataset")]),
         (
             {"data": {"train": [{"dataset": "sums"}], "validation": {"dataset": "nope"}}},
-            [("/data/validation/dataset", "job.unknown_dataset")],
+            [("/spec/data/validation/dataset", "job.unknown_dataset")],
         ),
-        ({"model": {"base": "demo/tiny-lama"}}, [("/model/base", "model.unknown")]),
+        ({"model": {"base": "demo/tiny-lama"}}, [("/spec/model/base", "model.unknown")]),
         (
             {"model": {"base": "x"}, "data": {"train": [{"dataset": "y"}]}},
-            [("/model/base", "model.unknown"), ("/data/train/0/dataset", "job.unknown_dataset")],
+            [("/spec/model/base", "model.unknown"), ("/spec/data/train/0/dataset", "job.unknown_dataset")],
         ),
-        ({"schedule": {"learning_rate": -1}}, [("/schedule/learning_rate", "spec.above")]),
-        ({"lora_rank": 8}, [("/lora_rank", "spec.unknown_key_hint")]),
-        ({"packing": {"mode": "grouped"}}, [("/packing/mode", "spec.not_built")]),
+        ({"schedule": {"learning_rate": -1}}, [("/spec/schedule/learning_rate", "spec.above")]),
+        ({"lora_rank": 8}, [("/spec/lora_rank", "spec.unknown_key_hint")]),
+        ({"packing": {"mode": "grouped"}}, [("/spec/packing/mode", "spec.not_built")]),
     ],
 )
 def test_a_fault_in_the_spec_is_told_with_its_key(

@@ -186,8 +186,8 @@ def test_every_fault_of_a_spec_is_told_at_once_with_its_key(house: House) -> Non
     response = preflight(house, schedule={"learning_rate": -1}, learning_rte=1, data={"train": [{"dataset": "sums"}]})
     pointers = {error["pointer"]: error for error in response.json()["errors"]}
     assert response.status_code == 422
-    assert pointers.keys() == {"/schedule/learning_rate", "/learning_rte"}
-    assert pointers["/learning_rte"]["fix"] == "schedule.learning_rate"
+    assert pointers.keys() == {"/spec/schedule/learning_rate", "/spec/learning_rte"}
+    assert pointers["/spec/learning_rte"]["fix"] == "schedule.learning_rate"
 
 
 def test_an_unknown_model_and_data_set_are_named_with_those_there_are(house: House) -> None:
@@ -196,10 +196,10 @@ def test_an_unknown_model_and_data_set_are_named_with_those_there_are(house: Hou
     assert nobody.status_code == 422 and "start a worker first" in nobody.json()["detail"]
     connect_host(house)
     wrong = preflight(house, model={"base": "demo/tiny-lama"})
-    assert wrong.json()["errors"][0]["pointer"] == "/model/base"
+    assert wrong.json()["errors"][0]["pointer"] == "/spec/model/base"
     assert "no host has the model demo/tiny-lama; known are: demo/tiny-llama" in wrong.json()["detail"]
     data = preflight(house, data={"train": [{"dataset": "sum"}]})
-    assert data.json()["errors"][0]["pointer"] == "/data/train/0/dataset" and "sums" in data.json()["detail"]
+    assert data.json()["errors"][0]["pointer"] == "/spec/data/train/0/dataset" and "sums" in data.json()["detail"]
 
 
 def test_a_very_long_run_sends_a_curve_that_can_be_drawn(house: House) -> None:

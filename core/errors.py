@@ -117,13 +117,14 @@ TEXTS: dict[str, str] = {
     "auto.zero_one_device": N_("with one device there is nothing to shard over"),
     # -- engine --------------------------------------------------------------------------------------------------
     "engine.adapter_missing": N_(
-        "{folder} holds no adapter_config.json, so there is no adapter to start from; name the folder of a saved adapter"
+        "{folder} holds no adapter_config.json, so there is no adapter to start from; "
+        "name the folder of a saved adapter"
     ),
     "engine.attention_refused": N_("{problem}; choose auto, which takes what runs on this model and says so"),
     "engine.leak": N_(
         "this model lets packed samples see each other (changing one moves its neighbour's hidden states by "
-        "{leak:.2g} of their scale), and with batch.rows_per_step steps are made of packed rows; give batch.samples_per_step, "
-        "which then runs one sample a row, or set packing.mode to padded"
+        "{leak:.2g} of their scale), and with batch.rows_per_step steps are made of packed rows; "
+        "give batch.samples_per_step, which then runs one sample a row, or set packing.mode to padded"
     ),
     "engine.no_checkpoint": N_("no checkpoint verifies: {problems}; start over, which trains from the first step"),
     "engine.no_device": N_("the job was given {device}, which torch cannot use here ({problem}); see pegbox doctor"),
@@ -304,13 +305,13 @@ TEXTS: dict[str, str] = {
     "verdict.rows_held_out": N_("{count:,} of {total:,} rows are held out for validation"),
     "verdict.rows_refused": N_("{count:,} of {total:,} rows are refused; the data set's report names each"),
     "verdict.samples_too_long": N_("{count:,} of {total:,} samples are longer than max_length and are dropped"),
-    "verdict.samples_without_trained_tokens": N_("{count:,} of {total:,} samples have no token to learn and are dropped"),
+    "verdict.samples_without_trained_tokens": N_(
+        "{count:,} of {total:,} samples have no token to learn and are dropped"
+    ),
     # -- app: requests -------------------------------------------------------------------------------------------
     "app.internal": N_("the server failed; its log says why under the request id {request_id}"),
     "app.not_found": N_("there is no {thing} {name}"),
-    "app.second_web": N_(
-        "process {pid} already serves {data_dir}; stop it, or give this one another PEGBOX_DATA_DIR"
-    ),
+    "app.second_web": N_("process {pid} already serves {data_dir}; stop it, or give this one another PEGBOX_DATA_DIR"),
     "request.bad_key": N_("an Idempotency-Key has 1 to {limit} printable ASCII characters"),
     "request.host": N_("this server does not answer to the name {host}; set PEGBOX_URL to the address that you use"),
     "request.invalid": N_("{problem}"),
@@ -326,7 +327,8 @@ TEXTS: dict[str, str] = {
     "exit.crashed": N_("the trainer crashed with {signal}; its last output: {log}"),
     "exit.early": N_("stopped before the trainer was ready to write a checkpoint"),
     "exit.grace": N_(
-        "the trainer did not stop within {grace_s} s and was killed; what it learned since its newest checkpoint is lost"
+        "the trainer did not stop within {grace_s} s and was killed; "
+        "what it learned since its newest checkpoint is lost"
     ),
     "exit.hang": N_("nothing was heard of the trainer for {minutes} minutes, so it was killed as hung"),
     "exit.incomplete": N_("the trainer reported success without {missing}, so this does not count as one"),

@@ -170,10 +170,15 @@ def test_a_bad_spec_is_refused_with_field_and_remedy(
     assert error["pointer"] == pointer and words in error["detail"] + (error.get("fix") or "")
 
 
-def test_a_job_that_fails_says_why_and_what_to_do(house: House) -> None:
-    job = house.launch(spec_of("arithmetic", data={"train": [{"dataset": "arithmetic"}], "max_length": 32}))
-    failed = house.wait_for_state(job, "failed")
-    assert failed["reason"] == "bad_spec" and "data.max_length" in failed["text"] + (failed["remedy"] or "")
+def test_what_the_data_forbids_fails_at_the_start_and_once_it_is_measured_at_submit(house: House) -> None:
+    house.put_dataset("unmeasured", arithmetic(80))
+    spec = spec_of("unmeasured", data={"train": [{"dataset": "unmeasured"}], "max_length": 32})
+    failed = house.wait_for_state(house.launch(spec), "failed")
+    assert failed["reason"] == "bad_spec" and "would be dropped" in failed["text"]
+    reply = house.post("/jobs", {"spec": spec})
+    assert reply.status_code == 422
+    (error,) = reply.json()["errors"]
+    assert error["pointer"] == "/spec/data/max_length" and error["detail"] in failed["text"]
 
 
 def test_the_same_idempotency_key_makes_one_job(house: House) -> None:

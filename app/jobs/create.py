@@ -20,6 +20,7 @@ from app.jobs.moves import enter
 from app.models import resolve_model
 from app.tables import Job
 from core.errors import UserError, UserErrors
+from core.presets import refuse_above_context
 from core.spec import JobSpec, ValidationDataset, job_name, parse_spec
 from core.states import JobState
 from core.unbuilt import refuse_unbuilt
@@ -71,11 +72,14 @@ def insert_job(
 
 
 def settle(session: Session, spec: JobSpec) -> JobSpec:
-    """The spec with its data sets pinned to versions. Raises UserErrors on a model or data that isn't there."""
+    """The spec with its data sets pinned to versions. Raises UserErrors on a model or data that isn't there, and
+    on a length that the model can't take."""
     faults: list[UserError] = []
     pinned: dict[str, str] = {}
     try:
-        resolve_model(session, spec.model.base)
+        model = resolve_model(session, spec.model.base)
+        if isinstance(spec.data.max_length, int):
+            refuse_above_context(spec.data.max_length, model.profile.context_length)
     except UserError as fault:
         faults.append(fault)
     for field, reference in references(spec):

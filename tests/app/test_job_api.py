@@ -86,6 +86,7 @@ def test_the_same_key_makes_one_job(house: House, host: FakeHost) -> None:
             [("/spec/model/base", "model.unknown"), ("/spec/data/train/0/dataset", "job.unknown_dataset")],
         ),
         ({"schedule": {"learning_rate": -1}}, [("/spec/schedule/learning_rate", "spec.above")]),
+        ({"data": SPEC["data"] | {"max_length": 1_000_000}}, [("/spec/data/max_length", "plan.above_context")]),
         ({"lora_rank": 8}, [("/spec/lora_rank", "spec.unknown_key_hint")]),
         ({"packing": {"mode": "grouped"}}, [("/spec/packing/mode", "spec.not_built")]),
     ],

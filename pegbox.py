@@ -176,11 +176,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _create_token(arguments: argparse.Namespace) -> int:
-    from app.auth import create_token
     from app.settings import load_settings
-    from launch.up import open_database
+    from launch.tokens import make_token
 
-    print(create_token(open_database(load_settings()), arguments.name, arguments.role))
+    print(make_token(load_settings(), arguments.name, arguments.role))
     return 0
 
 

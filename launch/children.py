@@ -39,7 +39,7 @@ class Child:
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
-        self._pause_s = 1.0
+        self._pause_s = 0.5
         self._restart_at: float | None = None
 
     @property

@@ -30,7 +30,7 @@ def run_demo(*, gpus: str, cpu_slots: int | None, exits: bool) -> int:
     with Launch(gpus=gpus, cpu_slots=cpu_slots, quiet=True) as launch:
         console.print(f"starting web, worker and Valkey; their logs are in {launch.settings.data_dir / 'logs'}")
         launch.start()
-        token, token_id = launch.api_token()
+        token = launch.api_token()
         try:
             with httpx.Client(
                 base_url=f"{launch.local_url}/api/v1", headers={"Authorization": f"Bearer {token}"}, timeout=30
@@ -38,7 +38,7 @@ def run_demo(*, gpus: str, cpu_slots: int | None, exits: bool) -> int:
                 job = _launch_job(api, launch, console)
                 state = _follow(api, launch, job, console) if job else None
         finally:
-            launch.revoke(token_id)
+            launch.revoke(token)
         succeeded = state == JobState.SUCCEEDED
         if exits or state is None:
             return 0 if succeeded else 1

@@ -17,29 +17,20 @@ from typing import Self
 
 import httpx
 
-from app.auth import create_token
-from app.auth.tokens import find_token, revoke_token
-from app.database import Database
-from app.migration import migrate
-from app.services import build_services
+from app.auth import create_token, revoke_token, token_id
+from app.auth.tokens import find_token
 from app.settings import Settings, load_settings
 from core.demo_data import dialogues
 from core.errors import UserError
 from core.events import to_line
 from launch.children import Child
+from launch.tokens import make_token, open_database
 from worker import agent
 from worker.settings import WorkerSettings, settings_path
 
 DEMO_DATASET = "demo-dialogues"
 READY_S = 60.0
 STOP_S = 10.0
-
-
-def open_database(settings: Settings) -> Database:
-    """The database beside a running server, or before the first start of one."""
-    services = build_services(settings)
-    migrate(services.database)
-    return services.database
 
 
 def free_port() -> int:
@@ -179,24 +170,19 @@ class Launch:
         finally:
             database.close()
 
-    def api_token(self) -> tuple[str, str]:
-        """A member's token for what this process asks of the web service, and its id, to revoke it by."""
-        database = open_database(self.settings)
-        try:
-            token = create_token(database, f"pegbox {os.getpid()}", "member")
-        finally:
-            database.close()
-        return token, "_".join(token.split("_")[1:3])
+    def api_token(self) -> str:
+        """A member's token for what this process itself asks of the web service; `revoke` it afterwards."""
+        return make_token(self.settings, f"pegbox {os.getpid()}", "member")
 
-    def revoke(self, token_id: str) -> None:
+    def revoke(self, token: str) -> None:
         database = open_database(self.settings)
         try:
-            revoke_token(database, token_id, time.time())
+            revoke_token(database, token_id(token), time.time())
         finally:
             database.close()
 
     def _put_demo_dataset(self) -> None:
-        token, token_id = self.api_token()
+        token = self.api_token()
         try:
             reply = httpx.put(
                 f"{self.local_url}/api/v1/datasets/{DEMO_DATASET}",
@@ -206,7 +192,7 @@ class Launch:
             )
             reply.raise_for_status()
         finally:
-            self.revoke(token_id)
+            self.revoke(token)
 
     # -- run and stop ----------------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ from app.auth.admission import (
     needs,
 )
 from app.auth.caller import Caller, Role
-from app.auth.sessions import link_if_nobody_can_log_in, mint_login_link
-from app.auth.tokens import create_token, revoke_token
+from app.auth.sessions import link_if_nobody_can_log_in, mint_login_link, owner_of_this_machine
+from app.auth.tokens import create_token, revoke_token, token_id
 
 __all__ = [
     "Admin",
@@ -28,5 +28,7 @@ __all__ = [
     "link_if_nobody_can_log_in",
     "mint_login_link",
     "needs",
+    "owner_of_this_machine",
     "revoke_token",
+    "token_id",
 ]

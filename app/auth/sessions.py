@@ -8,7 +8,7 @@ import secrets
 from typing import cast
 
 from sqlalchemy import delete
-from sqlmodel import col, select
+from sqlmodel import Session, col, select
 
 from app.auth.caller import Caller, Role
 from app.auth.tokens import sha256_hex
@@ -115,10 +115,24 @@ def link_if_nobody_can_log_in(services: Services) -> str | None:
     """An empty database gets the user `admin`, without a password: nobody ever gets a default one. As long as there
     is no password and no session, each start has a link to print; the first one may have been lost."""
     with services.database.write() as session:
-        if session.exec(select(User.id).limit(1)).first() is None:
-            session.add(User(id=new_id("user"), name="admin", role="admin", created_at=services.clock()))
-            session.flush()
+        _first_user(session, services.clock())
         has_password = session.exec(select(User.id).where(col(User.password_hash).is_not(None)).limit(1)).first()
         live = select(LoginSession.user).where(col(LoginSession.expires_at) >= services.clock())
         has_session = session.exec(live.limit(1)).first()
     return None if has_password or has_session else mint_login_link(services)
+
+
+def owner_of_this_machine(services: Services) -> str:
+    """In whose name a token works that was made on the server itself: whoever may read its files is its administrator.
+    The id of the first user, who is made where there is none yet."""
+    with services.database.write() as session:
+        return _first_user(session, services.clock())
+
+
+def _first_user(session: Session, now: float) -> str:
+    user = session.exec(select(User).order_by(col(User.created_at), col(User.id)).limit(1)).first()
+    if user is None:
+        user = User(id=new_id("user"), name="admin", role="admin", created_at=now)
+        session.add(user)
+        session.flush()
+    return user.id

@@ -16,9 +16,10 @@ from typing import Any
 import httpx
 import psutil
 
-from app.auth import create_token, mint_login_link
+from app.auth import mint_login_link
 from app.services import build_services
 from app.settings import Settings, load_settings
+from launch.tokens import make_token
 from launch.up import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -75,11 +76,7 @@ class House:
         self.token = self.make_token()
 
     def make_token(self, role: str = "admin") -> str:
-        services = build_services(self.settings)
-        try:
-            return create_token(services.database, "e2e", role)
-        finally:
-            services.database.close()
+        return make_token(self.settings, "e2e", role)
 
     def login_link(self) -> str:
         services = build_services(self.settings)

@@ -79,6 +79,11 @@ TEXTS: dict[str, str] = {
         "data.max_length auto gives {max_length} tokens, above packing.row_length {row_length}; "
         "raise packing.row_length, or set data.max_length"
     ),
+    "plan.overlong_context": N_(
+        "{num_dropped} of {num_samples} samples are longer than the model's context of {max_length} tokens (the longest "
+        "has {longest}) and would be dropped, with {share} of the trained tokens; shorten them, choose a model with a "
+        "longer context, or set data.overlong to drop to accept it"
+    ),
     "plan.sample_longer_than_row": N_(
         "a sample of {length} tokens is longer than a row of {row_length}; set packing.row_length to at least {length}"
     ),
@@ -99,9 +104,9 @@ TEXTS: dict[str, str] = {
     "auto.dtype_gpu": N_("{device} computes bf16"),
     "auto.dtype_old_gpu": N_("{device} has no bf16"),
     "auto.evaluation": N_("{times} times an epoch of {steps_per_epoch} steps, and after the last step"),
-    "auto.learning_rate_adapter": N_("adapters on a model of {size} B parameters: 2e-4 up to 13 B, 1e-4 above"),
+    "auto.learning_rate_adapter": N_("adapters on a model of {size} parameters: 2e-4 up to 13 B, 1e-4 above"),
     "auto.learning_rate_full": N_(
-        "every weight of a model of {size} B parameters: 2e-5 up to 3 B, 1e-5 to 8 B, falling to 2e-6 at 70 B"
+        "every weight of a model of {size} parameters: 2e-5 up to 3 B, 1e-5 to 8 B, falling to 2e-6 at 70 B"
     ),
     "auto.max_length": N_(
         "the shortest, in multiples of 64, that loses at most 0.5 % of the trained tokens; "

@@ -374,7 +374,7 @@ def select(spec: JobSpec, data: Mapping[str, DataProfile], context_length: int) 
         raise _no_samples(
             counts, {"without a trained token": len(train) - len(teaching), f"over {max_length} tokens": len(teaching)}
         )
-    _refuse_great_loss(spec, teaching, kept, max_length)
+    _refuse_great_loss(spec, teaching, kept, max_length, context_length)
     validation_kept = [sample for sample in validation if sample.trained > 0 and sample.length <= max_length]
     counts |= {
         "samples": len(train),
@@ -428,7 +428,9 @@ def _hold_out(
     return held_out, (_choice("data.validation", len(held_out), reason),) if reason else ()
 
 
-def _refuse_great_loss(spec: JobSpec, teaching: Sequence[_Sample], kept: Sequence[_Sample], max_length: int) -> None:
+def _refuse_great_loss(
+    spec: JobSpec, teaching: Sequence[_Sample], kept: Sequence[_Sample], max_length: int, context_length: int
+) -> None:
     """overlong: null drops, but only what nobody would miss."""
     if spec.data.overlong is not None:
         return
@@ -436,7 +438,7 @@ def _refuse_great_loss(spec: JobSpec, teaching: Sequence[_Sample], kept: Sequenc
     lost = total - sum(sample.trained for sample in kept)
     if lost > LOSS_TOLERATED * total:
         raise UserError(
-            "plan.overlong",
+            "plan.overlong" if max_length < context_length else "plan.overlong_context",
             "data.max_length",
             num_dropped=len(teaching) - len(kept),
             num_samples=len(teaching),

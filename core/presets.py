@@ -62,7 +62,8 @@ def auto_learning_rate(method: AnyMethod, num_parameters: int) -> tuple[float, R
     """Adapters: 2e-4 up to 13 B parameters, 1e-4 above, as QLoRA's paper chose (arXiv 2305.14314, appendix B).
     Full: 2e-5 up to 3 B (Alpaca's recipe), 1e-5 to 8 B, falling to 2e-6 at 70 B in equal ratios of size."""
     size = num_parameters / BILLION
-    parameters: dict[str, str | int | float] = {"size": f"{size:.3g}"}
+    shown = f"{size:.3g} B" if size >= 1 else f"{size * 1000:.3g} M"
+    parameters: dict[str, str | int | float] = {"size": shown}
     if method.type != "full":
         return (2e-4 if size <= 13 else 1e-4), Reason("auto.learning_rate_adapter", parameters)
     if size <= 3:

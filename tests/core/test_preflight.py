@@ -117,6 +117,13 @@ def test_dropping_over_half_a_percent_of_the_trained_tokens_is_refused_with_the_
     assert plan_of(data, data={"max_length": 512, "overlong": "drop"}).counts["samples_too_long"] == 10
 
 
+def test_samples_longer_than_the_context_are_refused_with_what_helps() -> None:
+    data = profile([100] * 90 + [5000] * 10)
+    with pytest.raises(UserError, match="10 of 100 samples are longer than the model's context of 4096 tokens"):
+        plan_of(data)
+    assert plan_of(data, data={"overlong": "drop"}).selection.max_length == 4096
+
+
 def test_max_length_auto_is_the_shortest_that_loses_at_most_half_a_percent() -> None:
     # 1,000 samples of 50 trained tokens; losing the 5 longest loses exactly 0.5 %.
     lengths = [100] * 995 + [700] * 5

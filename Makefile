@@ -48,6 +48,7 @@ docs: setup ## Write docs/spec.md from core/spec.py
 	$(BIN)/python -m launch.reference
 
 messages: setup ## Extract all texts for translators into locale/pegbox.pot
+	@mkdir -p locale
 	$(BIN)/pybabel -q extract -F babel.cfg -k N_ -k _ -k ngettext:1,2 -k knob:2 --no-location --omit-header -o locale/pegbox.pot .
 
 migration: setup ## Write a migration from the difference between tables and schema (ARGS="what changes")

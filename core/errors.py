@@ -80,8 +80,8 @@ TEXTS: dict[str, str] = {
         "raise packing.row_length, or set data.max_length"
     ),
     "plan.overlong_context": N_(
-        "{num_dropped} of {num_samples} samples are longer than the model's context of {max_length} tokens (the longest "
-        "has {longest}) and would be dropped, with {share} of the trained tokens; shorten them, choose a model with a "
+        "{num_dropped} of {num_samples} samples are longer than the model's context of {max_length} tokens "
+        "(the longest has {longest}) and would be dropped, with {share} of the trained tokens; shorten them, choose a model with a "
         "longer context, or set data.overlong to drop to accept it"
     ),
     "plan.sample_longer_than_row": N_(

@@ -81,8 +81,8 @@ TEXTS: dict[str, str] = {
     ),
     "plan.overlong_context": N_(
         "{num_dropped} of {num_samples} samples are longer than the model's context of {max_length} tokens "
-        "(the longest has {longest}) and would be dropped, with {share} of the trained tokens; shorten them, choose a model with a "
-        "longer context, or set data.overlong to drop to accept it"
+        "(the longest has {longest}) and would be dropped, with {share} of the trained tokens; "
+        "shorten them, choose a model with a longer context, or set data.overlong to drop to accept it"
     ),
     "plan.sample_longer_than_row": N_(
         "a sample of {length} tokens is longer than a row of {row_length}; set packing.row_length to at least {length}"

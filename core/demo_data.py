@@ -20,6 +20,9 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Row = dict[str, list[dict[str, str]]]
 
+DEMO_MODEL = "demo/tiny-llama"
+DEMO_DATASET = "demo-dialogues"
+
 NUM_DIALOGUES = 600
 DIALOGUES_SEED = 20_240
 

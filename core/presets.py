@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from core.demo_data import DEMO_DATASET, DEMO_MODEL
 from core.errors import N_, Reason, UserError
 from core.spec import AnyMethod
 from core.wire import Device
@@ -36,8 +37,8 @@ PRESETS: tuple[Preset, ...] = (
         N_("The built-in model learns short dialogues in less than a minute, on a CPU too."),
         {
             "name": "tiny demo",
-            "model": {"base": "demo/tiny-llama"},
-            "data": {"train": [{"dataset": "demo-dialogues"}]},
+            "model": {"base": DEMO_MODEL},
+            "data": {"train": [{"dataset": DEMO_DATASET}]},
             "method": {"type": "lora", "rank": 16, "alpha": 32},
             # A model of 2 M parameters takes, and needs, larger steps than a model of billions.
             "schedule": {"learning_rate": 3e-3, "epochs": 1.5},

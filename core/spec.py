@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from core.demo_data import DEMO_MODEL
 from core.errors import N_, UserError, UserErrors
 
 SPEC_VERSION = 1
@@ -125,7 +126,7 @@ class Part(BaseModel):
 
 class Model(Part):
     base: Name = knob(
-        "demo/tiny-llama",
+        DEMO_MODEL,
         "Base model",
         N_("The model to start from: a name that a host reports, or a hub id. demo/tiny-llama is built in."),
         group="Model",

@@ -54,6 +54,9 @@ def unbuilt(spec: JobSpec) -> Iterator[UserError]:
         value = value_of(spec)
         if value in lacking:
             yield UserError("spec.not_built", field, value=str(value).lower(), remedy=remedy)
+    if spec.model.revision is not None:
+        remedy = N_("leave it empty: a local model is recorded by the hash of its content")
+        yield UserError("spec.not_built", "model.revision", value=spec.model.revision, remedy=remedy)
     if spec.parallel.devices > 1:
         yield UserError("spec.not_built", "parallel.devices", value=spec.parallel.devices, remedy=N_("set it to 1"))
 

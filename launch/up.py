@@ -20,7 +20,7 @@ import httpx
 from app.auth import create_token, revoke_token, token_id
 from app.auth.tokens import find_token
 from app.settings import Settings, load_settings
-from core.demo_data import dialogues
+from core.demo_data import DEMO_DATASET, dialogues
 from core.errors import UserError
 from core.events import to_line
 from launch.children import Child
@@ -28,7 +28,6 @@ from launch.tokens import make_token, open_database
 from worker import agent
 from worker.settings import WorkerSettings, settings_path
 
-DEMO_DATASET = "demo-dialogues"
 READY_S = 60.0
 STOP_S = 10.0
 

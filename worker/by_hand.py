@@ -15,13 +15,13 @@ from pathlib import Path
 
 import yaml
 
+from core.demo_data import DEMO_MODEL
 from core.errors import UserError
 from core.preflight import plan_job
 from core.spec import JobSpec, ValidationDataset, is_path, parse_spec
 from worker.gpus import sample_gpus
 from worker.job_directory import InputFile, Inputs, OutcomeFile, write_json
 
-BUILT_IN_MODEL = "demo/tiny-llama"
 MAX_SPEC_BYTES = 1_000_000
 
 
@@ -137,7 +137,7 @@ def _find_model(base: str, model_roots: tuple[Path, ...]) -> Path:
     for candidate in (folder, *(root / base for root in model_roots)):
         if (candidate / "config.json").is_file():
             return candidate.resolve()
-    if base == BUILT_IN_MODEL:
+    if base == DEMO_MODEL:
         from worker.engine.demo_model import ensure_demo_model
 
         return ensure_demo_model(model_roots[0])

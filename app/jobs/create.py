@@ -19,7 +19,7 @@ from app.ids import new_id
 from app.jobs.moves import enter
 from app.models import resolve_model
 from app.tables import Job
-from core.errors import UserError, UserErrors
+from core.errors import N_, UserError, UserErrors
 from core.presets import refuse_above_context
 from core.spec import JobSpec, ValidationDataset, job_name, parse_spec
 from core.states import JobState
@@ -82,6 +82,10 @@ def settle(session: Session, spec: JobSpec) -> JobSpec:
             refuse_above_context(spec.data.max_length, model.profile.context_length)
     except UserError as fault:
         faults.append(fault)
+    if spec.model.adapter is not None:
+        # `pegbox train` takes a folder; over the network a folder of a host is nobody's to name.
+        remedy = N_("leave it empty, or start from the adapter with pegbox train on the host itself")
+        faults.append(UserError("spec.not_built", "model.adapter", value=spec.model.adapter, remedy=remedy))
     for field, reference in references(spec):
         try:
             found = find_version(session, reference, field)

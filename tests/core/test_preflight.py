@@ -241,6 +241,7 @@ def test_the_plan_event_is_complete_but_for_what_the_model_tells() -> None:
     [
         ({"packing": {"mode": "grouped"}}, "packing.mode"),
         ({"method": {"type": "qlora"}}, "method.type"),
+        ({"model": {"revision": "main"}}, "model.revision"),
         ({"parallel": {"devices": 2}}, "parallel.devices"),
         ({"parallel": {"zero_stage": 2}}, "parallel.zero_stage"),
         ({"compute": {"compile": True}}, "compute.compile"),

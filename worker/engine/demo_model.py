@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.chat import CHATML
-from core.demo_data import dialogues, prose
+from core.demo_data import DEMO_MODEL, dialogues, prose
 from worker.job_directory import sync_folder
 
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-DEMO_MODEL = "demo/tiny-llama"
 CONTEXT_LENGTH = 4096  # tokens
 VOCABULARY = 4096
 END_OF_TURN = "<|im_end|>"

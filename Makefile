@@ -14,11 +14,14 @@ help: ## List the targets
 
 setup: .venv/.installed static/vendor/manifest.json ## Install everything into .venv and static/vendor
 
-# torch first and pinned: an unpinned one would fetch gigabytes of CUDA on a machine without a GPU.
+# torch first and pinned: an unpinned one would fetch gigabytes of CUDA on a machine without a GPU. DeepSpeed comes as
+# source: it wants to see torch, and compiles none of its kernels before one is used.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Pegbox needs Python 3.11 or newer; set PYTHON=python3.12, say")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation $$(grep '^deepspeed==' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[web,worker,dev]'
 	@touch $@
 

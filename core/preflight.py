@@ -57,11 +57,13 @@ _BATCH_BY: dict[str, BatchBy] = {"samples_per_step": "samples", "tokens_per_step
 
 @dataclass(frozen=True)
 class StepWork:
-    """One optimizer step: `sample_ids` in their order, and `layout`, whose rows hold the same ids."""
+    """One optimizer step: `sample_ids` in their order, and `layout`, whose rows hold the same ids. `num_targets` is the
+    number of trained tokens over all ranks: the divisor of the step's loss, known before its first forward pass."""
 
     step: int
     epoch: float  # epochs that are behind once it is done
     sample_ids: tuple[int, ...]
+    num_targets: int
     layout: StepLayout
 
 
@@ -107,7 +109,9 @@ class JobPlan:
     def step(self, number: int) -> StepWork:
         """Optimizer step `number`, from 1."""
         step = self.run.step_at(number)
-        return StepWork(number, step.epochs_done, self._global_ids(step.sample_ids), self._layout(step))
+        sample_ids = self._global_ids(step.sample_ids)
+        num_targets = sum(self.trained[sample] for sample in sample_ids)
+        return StepWork(number, step.epochs_done, sample_ids, num_targets, self._layout(step))
 
     def _global_ids(self, positions: Sequence[int]) -> tuple[int, ...]:
         train = self.selection.train

@@ -58,7 +58,11 @@ class Inputs(File):
     data: tuple[InputFile, ...]
     resume: tuple[str, ...] = ()  # checkpoint directories, newest first; the first that verifies is taken
     # A step that a checkpoint of another job has reached counts for `retry` just as one of this job's own.
+    # GPUs, one a rank; on a CPU one slot, in which all ranks run.
     devices: tuple[str, ...] = ("cpu0",)
+    ranks: int = 1
+    # Tokenised data by content, shared by the jobs of a host; "" = cache/ in the job directory.
+    cache_dir: str = ""
     # CPU threads a rank; bit-for-bit resume depends on it. A checkpoint's own number wins on resume.
     threads: int = 1
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from core.errors import UserError
 from tests.engine import tiny
+from worker.engine.adapters import linear_layers
 from worker.engine.loss import logits_of
-from worker.engine.model import linear_layers
 
 ALL_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

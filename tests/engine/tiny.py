@@ -12,8 +12,9 @@ from core.packing import PlanSettings, Step, as_lengths, lay_out
 from core.preflight import StepWork
 from core.spec import JobSpec, parse_spec
 from worker.engine.batches import StepBatch, make_step
+from worker.engine.loading import load_model
 from worker.engine.loss import backward
-from worker.engine.model import LanguageModel, load_model
+from worker.engine.model import LanguageModel
 
 VOCABULARY = 96
 CONTEXT = 256
@@ -131,7 +132,7 @@ def step_of(samples: Given, mode: str = "packed", row_length: int = 80, micro_ba
     settings = PlanSettings(mode, row_length, "samples", len(samples.contents), micro_batch_size)
     sample_ids = tuple(range(len(samples.contents)))
     layout = lay_out(Step(1, 0, 1, sample_ids), as_lengths(samples.lengths), settings)
-    return make_step(StepWork(1, 1.0, sample_ids, layout), samples)
+    return make_step(StepWork(1, 1.0, sample_ids, sum(samples.num_targets), layout), samples)
 
 
 def gradients(model: LanguageModel, step: StepBatch) -> tuple[float, dict[str, torch.Tensor]]:

@@ -84,11 +84,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """All that one optimizer step computes. `num_targets` is the divisor of its loss, known before the first pass."""
+    """All that one rank computes of an optimizer step. `num_targets` is the whole step's, over all ranks."""
 
     work: StepWork
     batches: tuple[Batch, ...]
-    num_targets: int
+
+    @property
+    def num_targets(self) -> int:
+        return self.work.num_targets
 
 
 def make_batch(rows: MicroBatch, samples: Samples) -> Batch:
@@ -132,11 +135,9 @@ def _pieces(total: int, longest: int) -> list[int]:
     return [*pieces, total % longest] if total % longest else pieces
 
 
-def make_step(work: StepWork, samples: Samples) -> StepBatch:
-    """Everything of one step, for a single rank."""
-    (micro_batches,) = work.layout.ranks
-    batches = tuple(make_batch(rows, samples) for rows in micro_batches)
-    return StepBatch(work, batches, sum(batch.num_targets for batch in batches))
+def make_step(work: StepWork, samples: Samples, rank: int = 0) -> StepBatch:
+    """What one rank computes of a step."""
+    return StepBatch(work, tuple(make_batch(rows, samples) for rows in work.layout.ranks[rank]))
 
 
 Item = TypeVar("Item")
@@ -188,9 +189,11 @@ class Ahead(Generic[Item]):
             self._ready.put(_Failed(error))
 
 
-def steps_from(first: int, last: int, work_of: Callable[[int], StepWork], samples: Samples) -> Iterator[StepBatch]:
-    """The batches of optimizer steps first to last."""
-    return (make_step(work_of(step), samples) for step in range(first, last + 1))
+def steps_from(
+    first: int, last: int, work_of: Callable[[int], StepWork], samples: Samples, rank: int = 0
+) -> Iterator[StepBatch]:
+    """The batches of one rank for optimizer steps first to last."""
+    return (make_step(work_of(step), samples, rank) for step in range(first, last + 1))
 
 
 def alone(sample_id: int, samples: Samples) -> Batch:

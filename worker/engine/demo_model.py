@@ -96,6 +96,9 @@ def make_demo_model(folder: Path) -> None:
     import torch
     import transformers
 
+    from worker.engine.libraries import tame_deepspeed
+
+    tame_deepspeed()
     torch.use_deterministic_algorithms(True)
     tokenizer = train_tokenizer()
     model = pretrain(tokenizer)

@@ -15,18 +15,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
 from core.errors import UserError
-from core.spec import Adapter, JobSpec
-from worker.engine import attention
 from worker.engine.attention import SEGMENTED, UnsupportedAttention
 from worker.engine.batches import Batch, of_tokens
 
@@ -36,9 +32,6 @@ ATTENTION_NAMES: dict[Attention, str] = {"flash": SEGMENTED, "sdpa": "sdpa", "ea
 ATTENTIONS: tuple[Attention, ...] = ("flash", "sdpa", "eager")
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-# Last names of linear layers that choose experts: an adapter there changes who computes, not what is computed.
-ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 TRIAL_TOKENS = 12
 # Equal up to the order of sums, relative to the largest logit. A soft cap or scale that is missed is off by far more.
@@ -181,80 +174,6 @@ def relative_difference(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().max() / first.abs().max().clamp_min(1e-30))
 
 
-# -- loading ---------------------------------------------------------------------------------------------------------
-
-
-def load_model(path: Path, spec: JobSpec, asked_attention: str, device: torch.device, warn: Warn) -> LanguageModel:
-    """The model of `spec` (every `auto` but attention resolved) on `device`, in training mode.
-
-    Adapters are drawn from torch's generator as it stands. Raises UserError."""
-    attention.register()
-    dtype = TORCH_DTYPES[spec.compute.dtype]
-    is_full = spec.method.type == "full"
-    base = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.float32 if is_full else dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
-    base.config.use_cache = False
-    base.to(device)
-    model: PreTrainedModel | PeftModel = base
-    if not is_full:
-        assert isinstance(spec.method, Adapter)
-        model = _with_adapters(base, spec.method, spec.model.adapter, warn)
-    ready = LanguageModel(model, device, dtype)
-    for weight in ready.trainable().values():  # PEFT leaves modules_to_save in the base's type
-        weight.data = weight.data.float()
-    ready.model.eval()
-    ready.choose_attention(asked_attention, warn)  # type: ignore[arg-type]  # a Literal of the spec
-    ready.find_head(warn)
-    if spec.compute.gradient_checkpointing is True:
-        with quiet_libraries():
-            ready.base.gradient_checkpointing_enable({"use_reentrant": False})
-    ready.model.train()
-    return ready
-
-
-def _with_adapters(base: PreTrainedModel, method: Adapter, start_from: str | None, warn: Warn) -> PeftModel:
-    if start_from is not None:
-        return _from_adapter(base, method, Path(start_from), warn)
-    refuse_unknown_modules(base, method)
-    targets = _targets(base, method)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=method.rank,
-        # Servers read alpha as a whole number where it is one.
-        lora_alpha=int(method.alpha) if float(method.alpha).is_integer() else method.alpha,
-        lora_dropout=method.dropout,
-        target_modules=targets,
-        fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in targets),  # GPT-2 transposes
-        modules_to_save=list(method.modules_to_save) or None,
-        use_rslora=method.use_rslora,
-        use_dora=method.use_dora,
-        ensure_weight_tying=_saves_a_tied_layer(base, method),
-    )
-    # Adapters in fp32 also over a base in bf16: autocast_adapter_dtype is PEFT's name for it.
-    with quiet_libraries():
-        return get_peft_model(base, config, autocast_adapter_dtype=True)
-
-
-def _from_adapter(base: PreTrainedModel, method: Adapter, folder: Path, warn: Warn) -> PeftModel:
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError("engine.adapter_missing", "model.adapter", folder=str(folder))
-    with quiet_libraries():
-        model = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=True)
-    given = model.peft_config["default"]
-    if (given.r, given.lora_alpha) != (method.rank, method.alpha):
-        warn(
-            "adapter",
-            f"training goes on with the adapter's own rank {given.r} and alpha {given.lora_alpha}, "
-            f"not with method.rank {method.rank} and method.alpha {method.alpha}",
-        )
-    return model
-
-
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silences what a user can do nothing about: transformers 5.23 renamed gradient checkpointing, and PEFT 0.21 and
@@ -263,52 +182,3 @@ def quiet_libraries() -> Iterator[None]:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`", UserWarning)
         yield
-
-
-def linear_layers(base: PreTrainedModel) -> list[str]:
-    """Full names of the layers that `all-linear` means: all but the head and routers."""
-    head = base.get_output_embeddings()
-    return [
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and name.rsplit(".", 1)[-1] not in ROUTERS
-    ]
-
-
-def _targets(base: PreTrainedModel, method: Adapter) -> list[str]:
-    names = linear_layers(base)
-    if method.target_modules != "all-linear":
-        names = [name for name, _ in base.named_modules() if _is_named(name, method.target_modules)]
-    targets = [name for name in names if not _is_named(name, method.exclude_modules + method.modules_to_save)]
-    if not targets:
-        raise UserError("engine.no_targets", "method.exclude_modules")
-    return targets
-
-
-def _saves_a_tied_layer(base: PreTrainedModel, method: Adapter) -> bool:
-    """Where head and embedding share their weight, training one in full means training both."""
-    if not base.config.get_text_config().tie_word_embeddings:
-        return False
-    saved = [module for name, module in base.named_modules() if _is_named(name, method.modules_to_save)]
-    return any(module in (base.get_input_embeddings(), base.get_output_embeddings()) for module in saved)
-
-
-def refuse_unknown_modules(base: PreTrainedModel, method: Adapter) -> None:
-    """A name that no layer bears would leave out in silence what a person wants trained."""
-    names = [name for name, _ in base.named_modules()]
-    known = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(base)})
-    asked: list[tuple[str, tuple[str, ...]]] = [
-        ("method.exclude_modules", method.exclude_modules),
-        ("method.modules_to_save", method.modules_to_save),
-    ]
-    if method.target_modules != "all-linear":
-        asked.append(("method.target_modules", method.target_modules))
-    for field, wanted in asked:
-        for name in wanted:
-            if not any(_is_named(module, (name,)) for module in names):
-                raise UserError("engine.unknown_module", field, name=name, known=", ".join(known))
-
-
-def _is_named(module: str, names: Sequence[str]) -> bool:
-    """By the whole name or its last parts, as PEFT reads them: q_proj, self_attn.q_proj, model.layers.0.mlp.up_proj."""
-    return any(module == name or module.endswith(f".{name}") for name in names)

@@ -46,8 +46,9 @@ from worker.engine.device import find_device
 from worker.engine.emit import Emitter
 from worker.engine.ending import Diverged, outcome_of
 from worker.engine.evaluate import answer, evaluate
+from worker.engine.loading import load_model
 from worker.engine.loss import backward
-from worker.engine.model import LanguageModel, load_model
+from worker.engine.model import LanguageModel
 from worker.engine.models import profile_model
 from worker.engine.probe import leaks, measure_leak
 from worker.engine.records import SampleRecords

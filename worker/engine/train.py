@@ -50,6 +50,7 @@ from worker.engine.loading import load_model
 from worker.engine.loss import backward
 from worker.engine.model import LanguageModel
 from worker.engine.models import profile_model
+from worker.engine.optimizer import make_optimizer
 from worker.engine.probe import leaks, measure_leak
 from worker.engine.records import SampleRecords
 from worker.engine.result import Facts, end_of_turn, save_result, stop_ids
@@ -185,7 +186,7 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
 
     trained_end = end_of_turn(corpus, plan.selection.train, tokenizer.tokenizer)
     ends = stop_ids(model, tokenizer.tokenizer, trained_end)
-    optimizer = make_optimizer(model, plan.spec)
+    optimizer = make_optimizer(model.trainable(), plan.spec, device)
     ready = Ready(plan, model, optimizer, corpus, tokenizer, ends, profile.context_length, threads)
     if resumed:
         resume(run, ready, *resumed)
@@ -357,16 +358,6 @@ def one_sample_a_row(
         f"{packing.packed.slots:,}; expect it to take longer",
     )
     return alone
-
-
-def make_optimizer(model: LanguageModel, spec: JobSpec) -> torch.optim.AdamW:
-    """AdamW, whose decay pulls at matrices alone: a norm's gain or a bias near 0 is no simpler model."""
-    weights = list(model.trainable().values())
-    groups = [
-        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": spec.optimizer.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=spec.optimizer.betas, eps=spec.optimizer.eps, fused=True)
 
 
 def resume(run: Run, ready: Ready, path: Path, manifest: Manifest) -> None:

@@ -246,7 +246,7 @@ def plan_job(spec: JobSpec, data: Mapping[str, DataProfile], model: ModelProfile
     )
     resolved, choices = _resolve(spec, data, model, device, max_length)
     choices = (*selection.choices, *choices, _choice("schedule.warmup_steps", warmup.steps, warmup.reason))
-    assert given.decay in ("cosine", "linear", "constant") and isinstance(resolved.schedule.learning_rate, float)
+    assert isinstance(resolved.schedule.learning_rate, float)
     schedule = Schedule(
         peak=resolved.schedule.learning_rate,
         total_steps=run.total_steps,

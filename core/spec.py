@@ -29,6 +29,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from core.demo_data import DEMO_MODEL
 from core.errors import N_, UserError, UserErrors
+from core.schedule import Decay
 
 SPEC_VERSION = 1
 
@@ -438,8 +439,11 @@ class Schedule(Part):
     learning_rate: Literal["auto"] | Annotated[Real, Field(gt=0, le=10)] = knob(
         "auto", "Learning rate", N_("The peak, reached after the warm-up."), group="Schedule and optimizer"
     )
-    decay: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = knob(
-        "cosine", "Decay", N_("How the learning rate falls after the warm-up."), group="Schedule and optimizer"
+    decay: Decay = knob(
+        "cosine",
+        "Decay",
+        N_("How the learning rate falls after the warm-up; wsd stays at the peak and falls in the last fifth."),
+        group="Schedule and optimizer",
     )
     warmup_ratio: Annotated[Real, Field(ge=0, lt=1)] | None = knob(
         None,

@@ -32,7 +32,6 @@ UNBUILT: tuple[tuple[str, Callable[[JobSpec], object], frozenset[object], str], 
         frozenset({"optimizer", "optimizer_and_params"}),
         N_("choose auto or none"),
     ),
-    ("schedule.decay", lambda s: s.schedule.decay, frozenset({"wsd", "inverse_sqrt"}), N_("choose cosine or linear")),
     (
         "optimizer.name",
         lambda s: s.optimizer.name,

@@ -6,7 +6,7 @@ there. So a reload at any moment shows all that was, and what comes after is nei
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse, Response
@@ -32,7 +32,7 @@ from app.pages.preflight import curl_command, curve_steps, spec_yaml, told_choic
 from app.services import AnyServices, Services
 from app.tables import ArtifactRow, Attempt, CheckpointRow, Event, Host, Job
 from core.errors import N_
-from core.schedule import Schedule, lr_at
+from core.schedule import Decay, Schedule, lr_at
 from core.spec import parse_spec
 from core.states import TERMINAL, JobState
 
@@ -149,7 +149,7 @@ def job_context(session: Session, services: Services, job: Job, tab: str) -> dic
 def planned(job: Job) -> dict[str, Any] | None:
     """The planned curve, by the function that the trainer asks before each step."""
     plan = job.plan
-    if not plan or plan["decay"] not in ("cosine", "linear", "constant"):
+    if not plan or plan["decay"] not in get_args(Decay):
         return None
     schedule = Schedule(
         peak=plan["peak_learning_rate"],

@@ -92,9 +92,10 @@ def told_choices(choices: Any) -> list[dict[str, Any]]:
 
 
 def curve_steps(schedule: Schedule, most: int) -> list[int]:
-    """Steps to draw the curve at: all, or `most` evenly spread ones; the corner of the warm-up is always among them."""
+    """Steps to draw the curve at: all, or `most` evenly spread ones; the curve's corners are always among them."""
     stride = max(1, -(-schedule.total_steps // most))
-    return sorted({*range(0, schedule.total_steps + 1, stride), schedule.warmup_steps, schedule.total_steps})
+    corners = {schedule.warmup_steps, schedule.decay_start, schedule.total_steps}
+    return sorted({*range(0, schedule.total_steps + 1, stride), *corners})
 
 
 def draw(schedule: Schedule) -> CurveDrawing:

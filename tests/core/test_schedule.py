@@ -1,14 +1,16 @@
 import math
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from core.schedule import Schedule, ceil_share, curve, lr_at, resolve_warmup_steps
+from core.schedule import WSD_DECAY_SHARE, Decay, Schedule, ceil_share, curve, lr_at, resolve_warmup_steps
 
-DECAYS = st.sampled_from(["cosine", "linear", "constant"])
+DECAYS = st.sampled_from(get_args(Decay))
+TO_THE_FLOOR = ("cosine", "linear", "wsd")  # by the last step, whatever the run's length
 
 
 @st.composite
@@ -39,10 +41,22 @@ def test_after_the_peak_the_rate_only_falls_and_stays_above_the_floor(schedule):
 
 
 @given(schedules())
-def test_the_last_step_reaches_the_floor_and_constant_stays_at_the_peak(schedule):
-    is_single = schedule.total_steps == 1
-    floor = schedule.peak if schedule.decay == "constant" or is_single else schedule.min_lr_ratio * schedule.peak
-    assert lr_at(schedule, schedule.total_steps) == pytest.approx(floor)
+def test_the_last_step_is_where_its_family_says(schedule):
+    last = lr_at(schedule, schedule.total_steps)
+    floor = schedule.min_lr_ratio * schedule.peak
+    if schedule.total_steps == max(schedule.warmup_steps, 1) or schedule.decay == "constant":
+        assert last == schedule.peak
+    elif schedule.decay in TO_THE_FLOOR:
+        assert last == pytest.approx(floor)
+    else:
+        assert floor <= last < schedule.peak or floor == schedule.peak
+
+
+@given(schedules())
+def test_only_a_last_step_whose_floor_is_zero_learns_nothing(schedule):
+    rates = curve(schedule)[1:]
+    assert all(rate > 0 for rate in rates[:-1])
+    assert rates[-1] > 0 or (schedule.min_lr_ratio == 0 and schedule.decay in TO_THE_FLOOR)
 
 
 @given(schedules())
@@ -55,6 +69,27 @@ def test_half_way_down_cosine_and_linear_are_half_way_to_the_floor():
         assert lr_at(Schedule(1.0, 110, 10, decay, 0.1), 60) == pytest.approx(0.55)
     quarter = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))
     assert lr_at(Schedule(1.0, 110, 10, "cosine", 0.1), 35) == pytest.approx(quarter)
+
+
+def test_wsd_stays_at_the_peak_and_falls_as_one_minus_the_root_in_its_last_fifth():
+    schedule = Schedule(1.0, 100, 10, "wsd", 0.1)
+    rates = curve(schedule)
+    assert set(rates[10:81]) == {1.0} and WSD_DECAY_SHARE == 0.2
+    assert rates[85] == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(5 / 20)))
+    assert all(later < earlier for earlier, later in pairwise(rates[80:]))
+
+
+def test_a_warmup_that_reaches_into_wsds_decay_leaves_it_the_steps_behind():
+    schedule = Schedule(1.0, 100, 90, "wsd", 0.0)
+    assert lr_at(schedule, 90) == 1.0
+    assert lr_at(schedule, 95) == pytest.approx(1 - math.sqrt(0.5))
+
+
+def test_inverse_sqrt_halves_when_steps_quadruple_and_stops_at_the_floor():
+    schedule = Schedule(1.0, 1000, 10, "inverse_sqrt", 0.2)
+    assert [lr_at(schedule, step) for step in (10, 40, 160, 1000)] == pytest.approx([1.0, 0.5, 0.25, 0.2])
+    without_warmup = Schedule(1.0, 1000, 0, "inverse_sqrt", 0.0)
+    assert [lr_at(without_warmup, step) for step in (1, 4, 100)] == pytest.approx([1.0, 0.5, 0.1])
 
 
 def test_a_single_step_runs_at_the_peak_and_not_at_a_floor_of_zero():

@@ -42,7 +42,17 @@ class Schedule:
 
     def __post_init__(self) -> None:
         assert self.peak > 0 and self.total_steps >= 1 and 0.0 <= self.min_lr_ratio <= 1.0
-        assert 0 <= self.warmup_steps < self.total_steps, "resolve_warmup_steps refuses 
+        assert 0 <= self.warmup_steps < self.total_steps, "resolve_warmup_steps refuses a longer one with a sentence"
+
+    @property
+    def decay_start(self) -> int:
+        """The last step at the peak (of `constant`: the first)."""
+        peak_step = max(self.warmup_steps, 1)
+        if self.decay != "wsd":
+            return peak_step
+        return max(peak_step, self.total_steps - ceil_share(WSD_DECAY_SHARE, self.total_steps))
+
+
 def lr_at(schedule: Schedule, step: int) -> float:
     """The rate of optimizer step `step`, 1 to total_steps (0: where the curve is drawn from)."""
     assert 0 <= step <= schedule.total_steps

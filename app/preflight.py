@@ -1,6 +1,6 @@
 """What a job would do, for programs: POST /api/v1/jobs/preflight, and a data set's profile."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Response
@@ -188,7 +188,7 @@ def view_of(profile: DataProfile, max_length: int | None) -> ProfileView:
     )
 
 
-def _histogram(lengths: list[int]) -> list[LengthBin]:
+def _histogram(lengths: Sequence[int]) -> list[LengthBin]:
     """Equal bins up to the longest sample."""
     width = max(lengths, default=0) // HISTOGRAM_BINS + 1
     counts = [0] * (max(lengths, default=0) // width + 1)

@@ -32,11 +32,12 @@ from core.preflight import JobPlan, plan_job
 from core.profile import DataProfile
 from core.spec import JobSpec, parse_spec
 from core.unbuilt import refuse_unbuilt
-from core.wire import HOST_FRESH_S, DataFile, Device, HostReport, MeasuredProfile, ProfileOrder, ProfileResult
+from core.wire import HOST_FRESH_S, DataFile, Device, HostReport, ProfileOrder
 
 RESEND_S = 30.0  # an order unclaimed for so long goes to any host that has the model
 PATIENCE_S = 600.0
 FAILED_KEPT_S = 60.0
+FACTS_VERSION = 2  # of what is measured; a higher one measures everything anew. 2: the runs of trained tokens
 
 
 def topic_of_profile(profile: str) -> str:
@@ -115,7 +116,7 @@ def _find(session: Session, spec: JobSpec) -> Wanted:
 
 def _find_one(session: Session, spec: JobSpec, reference: str, version: DatasetVersion, model_hash: str) -> Profile:
     template, policy = spec.model.chat_template, spec.data
-    facts = (version.sha256, model_hash, template, policy.format, policy.train_on, policy.multi_turn)
+    facts = (FACTS_VERSION, version.sha256, model_hash, template, policy.format, policy.train_on, policy.multi_turn)
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     found = session.exec(select(Profile).where(Profile.key == key)).first()
     return found or Profile(
@@ -198,40 +199,47 @@ def claim_profile(session: Session, profile_id: str, host_id: str, now: float) -
     )
 
 
-def store_result(session: Session, profile_id: str, host_id: str, result: ProfileResult, now: float) -> None:
+def packed_facts(facts: DataProfile) -> bytes:
+    """As the database keeps them. Takes a second for a million samples: not within a transaction."""
+    return zlib.compress(facts.model_dump_json().encode(), 1)
+
+
+def store_result(
+    session: Session, profile_id: str, host_id: str, *, packed: bytes | None, error: str, now: float
+) -> None:
     """Keeps what the host that claimed it found. Raises Problem 404 for another host. What is ready stays ready."""
     profile = session.get(Profile, profile_id)
     if profile is None or profile.host != host_id:
         raise not_found("profile", profile_id)
     if profile.state == "ready":
         return
-    if result.profile is not None:
-        _keep(profile, result.profile, now)
+    if packed is not None:
+        _keep(profile, packed, now)
     else:
-        profile.state, profile.error, profile.ready_at = "failed", result.error or "no reason was given", now
+        profile.state, profile.error, profile.ready_at = "failed", error or "no reason was given", now
     session.add(profile)
 
 
-def store_measured(session: Session, job: Job, measured: MeasuredProfile, now: float) -> None:
+def store_measured(session: Session, job: Job, dataset: str, packed: bytes, now: float) -> None:
     """Keeps what a trainer measured on its way, if the model that it measured with is still known."""
     spec = parse_spec(job.spec)
-    version = dict(data_of(session, spec)).get(measured.dataset)
+    version = dict(data_of(session, spec)).get(dataset)
     if version is None:
-        raise not_found("data set", measured.dataset)
+        raise not_found("data set", dataset)
     model = next((m for m in known_models(session) if m.profile.name == spec.model.base), None)
     if model is None or job.host not in model.hosts:
         return
-    profile = _find_one(session, spec, measured.dataset, version, model.profile.content_hash)
+    profile = _find_one(session, spec, dataset, version, model.profile.content_hash)
     if profile.state != "ready":
         profile.host = job.host
         profile.wanted_at = profile.wanted_at or now
-        _keep(profile, measured.profile, now)
+        _keep(profile, packed, now)
         session.add(profile)
 
 
-def _keep(profile: Profile, facts: DataProfile, now: float) -> None:
+def _keep(profile: Profile, packed: bytes, now: float) -> None:
     profile.state, profile.error, profile.ready_at = "ready", None, now
-    profile.result = zlib.compress(facts.model_dump_json().encode())
+    profile.result = packed
 
 
 def read_result(profile: Profile) -> DataProfile:
@@ -239,7 +247,7 @@ def read_result(profile: Profile) -> DataProfile:
     return _unpack(profile.result)
 
 
-@lru_cache(maxsize=16)  # the form asks for the same few, once a keystroke
+@lru_cache(maxsize=4)  # the form asks for the same few, once a keystroke; a million samples are 60 MB here
 def _unpack(result: bytes) -> DataProfile:
     return DataProfile.model_validate_json(zlib.decompress(result))
 

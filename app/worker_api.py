@@ -20,7 +20,7 @@ from app.datasets.references import data_of
 from app.jobs import JOBS_TOPIC, QUEUE_TOPIC, topic_of
 from app.jobs.attempts import CLAIMED, NotRecorded, StaleFence, beat, check_fence, claim, finish
 from app.problems import Problem, not_found
-from app.profiles import claim_profile, store_measured, store_result, topic_of_profile, wanted_profiles
+from app.profiles import claim_profile, packed_facts, store_measured, store_result, topic_of_profile, wanted_profiles
 from app.recorder import Batch, record
 from app.services import AnyServices, Services
 from app.tables import ApiToken, ArtifactRow, Attempt, Blob, Host, Job
@@ -219,9 +219,10 @@ def post_profile(
     job_id: str, number: int, message: MeasuredProfile, caller: Worker, services: AnyServices
 ) -> dict[str, str]:
     """Facts of the data, whoever's attempt measured them: a fence has no say in them."""
+    packed = packed_facts(message.profile)
     with services.database.write() as session:
         job, _ = _own(session, caller, job_id, number)
-        store_measured(session, job, message, services.clock())
+        store_measured(session, job, message.dataset, packed, services.clock())
     return {}
 
 
@@ -236,8 +237,10 @@ def post_profile_claim(profile_id: str, caller: Worker, services: AnyServices) -
 def post_profile_result(
     profile_id: str, message: ProfileResult, caller: Worker, services: AnyServices
 ) -> dict[str, str]:
+    packed = None if message.profile is None else packed_facts(message.profile)
     with services.database.write() as session:
-        store_result(session, profile_id, _host_of(session, caller), message, services.clock())
+        host_id = _host_of(session, caller)
+        store_result(session, profile_id, host_id, packed=packed, error=message.error, now=services.clock())
     services.wake.notify(topic_of_profile(profile_id))
     return {}
 

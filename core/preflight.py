@@ -317,7 +317,7 @@ class _Sample:
     row: tuple[int, int]  # data set's place in the spec, row
     length: int
     trained: int
-    hash: str
+    hash: int
 
 
 def _samples(profile: DataProfile, place: int, first_id: int) -> list[_Sample]:
@@ -419,7 +419,7 @@ def _hold_out(
         wanted, reason = auto_num_validation_rows(num_rows)
     elif isinstance(spec.data.validation, ValidationFraction):
         wanted = max(1, round(spec.data.validation.fraction * num_rows))
-    by_hash: dict[str, set[tuple[int, int]]] = {}
+    by_hash: dict[int, set[tuple[int, int]]] = {}
     for sample in samples:
         by_hash.setdefault(sample.hash, set()).add(sample.row)
     held_out: set[tuple[int, int]] = set()

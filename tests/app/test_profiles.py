@@ -1,12 +1,15 @@
 """A data set's profile: wanted, ordered from one host, kept by what it depends on; and the plan that comes of it."""
 
+import random
+from array import array
 from typing import Any
 
 from httpx2 import Response
 
 from app.profiles import FAILED_KEPT_S, PATIENCE_S, RESEND_S
+from app.security import MAX_BODY_BYTES
 from core.preflight import plan_job
-from core.profile import DataProfile, TokenPreview
+from core.profile import Column, DataProfile, TokenPreview
 from core.spec import parse_spec
 from core.wire import Device, MeasuredProfile, ProfileResult
 from tests.app.conftest import House
@@ -236,3 +239,21 @@ def test_a_deleted_data_set_takes_its_profiles_along(house: House) -> None:
     assert house.api("bob").delete("/api/v1/datasets/sums").status_code == 204
     put_data(house)
     assert preflight(house).status_code == 202
+
+
+def test_the_facts_of_a_million_samples_are_taken_where_no_other_body_of_their_size_is(house: House) -> None:
+    host = connect_host(house)
+    put_data(house)
+    house.api("victor").get("/api/v1/datasets/sums/profile?model=demo/tiny-llama")
+    count = 1_000_000
+    hashes = array("Q", random.Random(1).randbytes(8 * count))
+    columns = {"sample_row": range(count), "sample_length": [100] * count, "sample_trained": [40] * count}
+    columns |= {"sample_turns": [1] * count, "sample_hash": hashes, "sample_runs": [1] * count}
+    columns |= {"run_bounds": [60, 100] * count}
+    result = ProfileResult(profile=facts(count, **{name: Column(column) for name, column in columns.items()}))
+    assert len(result.model_dump_json()) > MAX_BODY_BYTES
+    measure(host, result)
+    shown = house.api("victor").get("/api/v1/datasets/sums/profile?model=demo/tiny-llama").json()
+    assert (shown["samples"], shown["tokens"]) == (count, 100 * count)
+    beat = host.client.post(f"/worker/v1/hosts/{host.id}/beat", content=b" " * (MAX_BODY_BYTES + 1))
+    assert beat.status_code == 413

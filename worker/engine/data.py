@@ -24,7 +24,7 @@ import numpy.typing as npt
 from core.chat import ChatTokenizer, MultiTurn, Sample, TrainOn, build_samples_many, choose_multi_turn
 from core.conversation import FORMAT_ROWS, Format, Parsed, detect_format, parse_row
 from core.errors import UserError
-from core.profile import DataProfile, RefusedRow
+from core.profile import Column, DataProfile, RefusedRow
 from core.rows import RefusedRow as UnreadRow
 from core.rows import Row, read_rows
 from core.spec import JobSpec, ValidationDataset
@@ -150,11 +150,13 @@ class _Builder:
         self.num_refused = 0
         self.num_fell_back = 0
         self.refused: list[RefusedRow] = []
-        self._sample_row: list[int] = []
-        self._sample_length: list[int] = []
-        self._sample_trained: list[int] = []
-        self._sample_turns: list[int] = []
-        self._sample_hash: list[str] = []
+        self._sample_row = array("I")
+        self._sample_length = array("I")
+        self._sample_trained = array("I")
+        self._sample_turns = array("I")
+        self._sample_hash = array("Q")
+        self._sample_runs = array("I")
+        self._run_bounds = array("I")
 
     def choose_multi_turn(self, rows: Sequence[Row], asked: str) -> tuple[MultiTurn, str]:
         """Whole or split, and why."""
@@ -189,7 +191,7 @@ class _Builder:
                 self.refused.append(_refuse(row.line, samples))
             return
         assert isinstance(row, Row)
-        digest = hash_row(row.value)
+        digest = int(hash_row(row.value), 16)
         self.num_fell_back += samples[0].fell_back
         for sample in samples:
             self.samples.append(sample, row.line)
@@ -198,6 +200,9 @@ class _Builder:
             self._sample_trained.append(sample.num_trained)
             self._sample_turns.append(sample.num_turns)
             self._sample_hash.append(digest)
+            bounds = np.flatnonzero(np.diff(np.array(sample.trained, dtype=np.int8), prepend=0, append=0)).tolist()
+            self._sample_runs.append(len(bounds) // 2)
+            self._run_bounds.extend(bounds)
 
     def profile(self, multi_turn: MultiTurn, why: str) -> DataProfile:
         return DataProfile(
@@ -208,11 +213,13 @@ class _Builder:
             num_fell_back=self.num_fell_back,
             num_refused=self.num_refused,
             refused=tuple(self.refused),
-            sample_row=self._sample_row,
-            sample_length=self._sample_length,
-            sample_trained=self._sample_trained,
-            sample_turns=self._sample_turns,
-            sample_hash=self._sample_hash,
+            sample_row=Column(self._sample_row),
+            sample_length=Column(self._sample_length),
+            sample_trained=Column(self._sample_trained),
+            sample_turns=Column(self._sample_turns),
+            sample_hash=Column(self._sample_hash),
+            sample_runs=Column(self._sample_runs),
+            run_bounds=Column(self._run_bounds),
         )
 
 

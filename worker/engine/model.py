@@ -13,9 +13,9 @@ and says so, one that was asked for by name is refused with what the model said.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -49,7 +49,9 @@ class Head:
     softcap: float | None
 
     def __call__(self, hidden_TD: Tensor) -> Tensor:
-        logits_TV: Tensor = self.module(hidden_TD) * self.scale
+        # Not module(...): on that ZeRO-3 hangs a gather and a release, and there are as many chunks as a rank has
+        # targets; `head_gathered` gathers it once.
+        logits_TV: Tensor = self.module.forward(hidden_TD) * self.scale
         return logits_TV if self.softcap is None else self.softcap * torch.tanh(logits_TV / self.softcap)
 
 
@@ -66,6 +68,11 @@ class LanguageModel:
         self.vocabulary: int = self.base.config.get_text_config().vocab_size
         self._decoder: nn.Module = self.base.get_decoder()
         self._head: Head | None = None
+        # Where no rank holds the whole model (worker.engine.zero), passes have to begin at a root that gathers it in
+        # step with the other ranks, and the head is gathered around its chunks.
+        self.enter: Callable[..., Any] = lambda task, *arguments: task(*arguments)
+        self.head_gathered: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.scores_in_one_piece = False
 
     @property
     def has_adapters(self) -> bool:
@@ -74,6 +81,9 @@ class LanguageModel:
     @property
     def computes_head_apart(self) -> bool:
         return self._head is not None
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [] if self._head is None else list(self._head.module.parameters())
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)

@@ -109,7 +109,7 @@ class DatasetVersion(SQLModel, table=True):
     dataset: str = Field(foreign_key="dataset.id", index=True)
     sha256: str = Field(foreign_key="blob.sha256")
     bytes: int
-    kind: str  # jsonl | json
+    kind: str  # core.rows.FileType: jsonl, csv.gz, ...
     format: str  # messages | sharegpt | ...
     num_rows: int
     num_refused: int

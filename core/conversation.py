@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 from core.errors import UserError
@@ -111,8 +112,12 @@ def detect_format(rows: Iterable[JsonObject]) -> Format:
         return num_fitting.most_common(1)[0][0]
     if not num_with_key:
         raise UserError("data.no_rows")
-    keys = ", ".join(key for key, _ in num_with_key.most_common(20))
-    raise UserError("data.format_unknown", "data.format", keys=keys, expected="; ".join(EXPECTED_KEYS.values()))
+    raise unknown_format(key for key, _ in num_with_key.most_common())
+
+
+def unknown_format(keys: Iterable[str]) -> UserError:
+    shown = ", ".join(islice(keys, 20))
+    return UserError("data.format_unknown", "data.format", keys=shown, expected="; ".join(EXPECTED_KEYS.values()))
 
 
 def _format_of(row: JsonObject) -> Format | None:

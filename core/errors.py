@@ -47,6 +47,10 @@ TEXTS: dict[str, str] = {
     "spec.file": N_("{path} cannot be read: {problem}; give the path of a spec in YAML or JSON"),
     "spec.yaml": N_("this is not valid YAML: {problem}, line {line}"),
     # -- spec: two fields ----------------------------------------------------------------------------------------
+    "spec.offload_needs_adamw": N_(
+        "parallel.offload {offload} keeps the moments in CPU memory, where only adamw of 32 bits steps, not {name}; "
+        "set optimizer.name to adamw, or parallel.offload to none"
+    ),
     "spec.row_shorter_than_sample": N_(
         "packing.row_length {row_length} is below data.max_length {max_length}, so a long sample would fit no row; "
         "set packing.row_length to at least {max_length}, or data.max_length to at most {row_length}"
@@ -125,7 +129,18 @@ TEXTS: dict[str, str] = {
         "{folder} holds no adapter_config.json, so there is no adapter to start from; "
         "name the folder of a saved adapter"
     ),
+    "engine.adapter_tokens": N_(
+        "the adapter to start from knows {known} tokens that were added to its base, this job adds {added}; "
+        "set model.chat_template to what the adapter was trained with"
+    ),
+    "engine.adapter_unfit": N_(
+        "the adapter to start from does not fit this model: {problem}; name an adapter of the same base model"
+    ),
     "engine.attention_refused": N_("{problem}; choose auto, which takes what runs on this model and says so"),
+    "engine.fused_experts": N_(
+        "{field} cannot act on experts that share one tensor; leave it at its default, or add experts to "
+        "method.exclude_modules, which trains the other layers alone"
+    ),
     "engine.leak": N_(
         "this model lets packed samples see each other (changing one moves its neighbour's hidden states by "
         "{leak:.2g} of their scale), and with batch.rows_per_step steps are made of packed rows; "
@@ -134,6 +149,10 @@ TEXTS: dict[str, str] = {
     "engine.no_checkpoint": N_("no checkpoint verifies: {problems}; start over, which trains from the first step"),
     "engine.no_device": N_("the job was given {device}, which torch cannot use here ({problem}); see pegbox doctor"),
     "engine.no_targets": N_("no layer is left for an adapter; name fewer in method.exclude_modules"),
+    "engine.not_adaptable": N_(
+        "{name} is a {kind}, which can bear no adapter; name linear layers, or list it in method.modules_to_save, "
+        "which trains it in full"
+    ),
     "engine.other_data": N_(
         "the checkpoint at step {step} was trained on other samples than this job's step {step} holds; "
         "keep data, batch, packing and seed as they were, or start over"
@@ -144,17 +163,41 @@ TEXTS: dict[str, str] = {
     "engine.past_the_end": N_(
         "the checkpoint stands at step {step}, but this job has only {total_steps} steps; train longer, or start over"
     ),
+    "engine.quantised_base": N_(
+        "the weights of this model are stored quantised ({kind}), which cannot be trained on exactly; choose the "
+        "original model, which method.type qlora quantises when it loads it"
+    ),
+    "engine.tied_target": N_(
+        "{names} shares its weight with another layer, so an adapter on it could not be merged; leave it out of "
+        "method.target_modules and list it in method.modules_to_save, which trains both as one"
+    ),
+    "engine.too_few_quantised": N_(
+        "only {share:.0%} of this model's weights outside of embeddings and head can be loaded in 4 bits, and "
+        "{least:.0%} are expected: {num_kept:,} parameters would stay as they are, most of them in {kept}, about "
+        "{num_bytes:,} bytes in all; choose method.type lora, or a model whose layers are linear ones"
+    ),
     "engine.unknown_module": N_("no layer of this model is named {name}; its linear layers are {known}"),
+    "engine.untied": N_(
+        "head and embedding of this model share their weight, and training {names} would part them; leave it out of "
+        "method.modules_to_save"
+    ),
     # -- train: pegbox train by hand -----------------------------------------------------------------------------
     "train.data_is_no_path": N_(
         "{name} is not a file in {folder}; pegbox train takes the path of a JSONL or JSON file as data set"
     ),
     "train.foreign_directory": N_("{out} holds files that are not a fine-tune's; choose an empty or a new folder"),
+    "train.no_adapter": N_(
+        "there is no adapter in {folder}; name the folder of a saved adapter, with adapter_config.json and "
+        "adapter_model.safetensors"
+    ),
     "train.no_out": N_("--out is missing; name the folder for checkpoints and result"),
     "train.no_data_file": N_("there is no file {name} (seen from {folder}); give the path of a JSONL or JSON file"),
     "train.no_model": N_("there is no model {name} below {looked}; give a folder with config.json and safetensors"),
     "train.other_spec": N_(
         "{out} was begun with another spec; choose another --out, or start it over with --fresh (its checkpoints go)"
+    ),
+    "train.too_few_gpus": N_(
+        "parallel.devices asks for {asked} GPUs and {source} {there}; set it to at most {there}, or make more visible"
     ),
     # -- up: starting everything on one machine -------------------------------------------------------------------
     "up.not_ready": N_("the web service at {url} did not become ready; see {log}"),
@@ -165,7 +208,6 @@ TEXTS: dict[str, str] = {
     ),
     # -- wait: why a queued job does not run yet -----------------------------------------------------------------
     "wait.cpu_slot": N_("waits for a free device: {busy} of {total} CPU slots on {host} are busy"),
-    "wait.cpu_slots": N_("waits for {num_devices} free devices: {busy} of {total} CPU slots on {host} are busy"),
     "wait.device": N_("waits for a free device: {busy} of {total} on {num_hosts} hosts are busy"),
     "wait.devices": N_(
         "waits for {num_devices} free devices on one host: {busy} of {total} on {num_hosts} hosts are busy"
@@ -198,13 +240,35 @@ TEXTS: dict[str, str] = {
         "this row is longer than {limit:,} bytes; the rows before are kept, nothing after is read, "
         "so shorten it, or write one JSON object a line (JSONL), where reading goes on after a long row"
     ),
-    "data.kind_not_built": N_(
-        "{kind} files are not read yet in this release; give JSONL (one JSON object a line) or a JSON array of objects"
+    "data.cell_broken": N_("{field} is not valid JSON: {problem}; this column holds the JSON text of a list"),
+    "data.cell_not_utf8": N_("{field} is not UTF-8; save the file in UTF-8"),
+    "data.csv_broken": N_(
+        "the table breaks in the row that begins here: {problem}; the rows before are kept, nothing after is read, "
+        'so mend it here (a cell that holds ", a line break or the delimiter stands in quotes, each " in it doubled)'
     ),
+    "data.csv_cells": N_(
+        "this row has {found} cells, the header has {expected}; a cell that holds the delimiter stands in quotes"
+    ),
+    "data.csv_no_column_name": N_("column {column} of the header has no name; each column needs one, in UTF-8"),
+    "data.csv_row_too_long": N_(
+        "the row that begins here is longer than {limit:,} bytes, perhaps because a quote does not close; "
+        "the rows before are kept, nothing after is read"
+    ),
+    "data.csv_same_column_name": N_("column {column} of the header is named {name}, as one before it; rename one"),
+    "data.gzip_broken": N_(
+        "the gzip file is damaged here: {problem}; the rows before are kept, nothing after is read, so pack it again"
+    ),
+    "data.gzip_expands": N_(
+        "{packed:,} bytes of gzip unpack to {unpacked:,} and more, over {limit} times as many, which no text does; "
+        "upload it unpacked"
+    ),
+    "data.kind_not_built": N_("{kind} files are not read; give JSONL, JSON, CSV or Parquet, plain or packed with gzip"),
     "data.kind_unknown": N_(
-        "the file begins with {start}; JSONL (one JSON object a line) or a JSON array of objects in UTF-8 is expected "
-        "(CSV is not built yet in this release)"
+        "the file begins with {start}; JSONL (one JSON object a line), a JSON array of objects, CSV with a header, "
+        "each in UTF-8, or Parquet is expected"
     ),
+    "data.parquet_broken": N_("this Parquet file cannot be read: {problem}; write it again"),
+    "data.parquet_value": N_("{field} holds a {kind}; texts, numbers, lists and structs of these are read"),
     "data.row_broken": N_("this is not valid JSON: {problem}; one JSON object is expected on the line"),
     "data.row_half_character": N_(
         "a \\u escape stands for half a character (a lone surrogate); write the character itself or both halves"
@@ -212,6 +276,9 @@ TEXTS: dict[str, str] = {
     "data.row_not_finite": N_("{constant} is no number of JSON; write a finite number or null"),
     "data.row_not_object": N_("this row is {found}; a JSON object is expected"),
     "data.row_not_utf8": N_("byte {position} of this row is not UTF-8; save the file in UTF-8"),
+    "data.rows_of_parquet": N_(
+        "the rows of a Parquet file are read by a host alone; its preview with a model shows the first of them"
+    ),
     "data.row_too_deep": N_("this row is nested too deep to be read; a conversation needs a few levels"),
     "data.row_too_long": N_("this row has {size:,} bytes; at most {limit:,} are allowed, so shorten or split it"),
     # -- data: what a row holds ----------------------------------------------------------------------------------
@@ -292,6 +359,16 @@ TEXTS: dict[str, str] = {
     "model.none_known": N_("{name} is unknown: no host has reported its models yet; start a worker first"),
     "model.unknown": N_("no host has the model {name}; known are: {known}"),
     # -- app: jobs -----------------------------------------------------------------------------------------------
+    "job.adapter_missing": N_(
+        "the job {job} left no {file}, so there is no adapter of it to start from; name a job whose method is lora or "
+        "qlora"
+    ),
+    "job.adapter_not_finished": N_(
+        "the job {job} is {state}, so its adapter is not finished; wait until it has succeeded, or name another"
+    ),
+    "job.adapter_unknown": N_(
+        "there is no job {job}, so no adapter to start from; give the id of a finished job (over the network no folder)"
+    ),
     "job.illegal_action": N_("a job that is {state} does not take {action}; it takes: {legal}"),
     "job.no_dataset_at_all": N_("there is no data set {name}, and no other; upload one first"),
     "job.not_longer": N_(
@@ -330,17 +407,21 @@ TEXTS: dict[str, str] = {
     "upload.too_large": N_("the body is larger than {limit:,} bytes, which is the most that is taken here"),
     # -- exit: how an attempt ended -------------------------------------------------------------------------------
     "exit.crashed": N_("the trainer crashed with {signal}; its last output: {log}"),
+    "exit.crashed_rank": N_("rank {rank} crashed with {signal}, which ended all; its last output: {log}"),
     "exit.early": N_("stopped before the trainer was ready to write a checkpoint"),
     "exit.grace": N_(
         "the trainer did not stop within {grace_s} s and was killed; "
         "what it learned since its newest checkpoint is lost"
     ),
-    "exit.hang": N_("nothing was heard of the trainer for {minutes} minutes, so it was killed as hung"),
+    "exit.hang": N_("nothing was heard of the trainer for {minutes} minutes, so it was killed as hung; {stacks}"),
     "exit.incomplete": N_("the trainer reported success without {missing}, so this does not count as one"),
     "exit.killed": N_("the trainer was ended by {signal} from outside; nobody asked this job to stop"),
     "exit.killed_by_kernel": N_(
         "the trainer was killed while the kernel's out-of-memory killer ended {num_kills} process(es) on this host: "
         "most likely the main memory ran out"
+    ),
+    "exit.killed_rank": N_(
+        "rank {rank} was ended by {signal} from outside, which ended all; nobody asked this job to stop"
     ),
     "exit.no_directory": N_("the host knows nothing of this attempt; it ended before it began"),
     "exit.remedy_crashed": N_("a crash in native code often comes from a driver or library; the log tells more"),
@@ -351,7 +432,16 @@ TEXTS: dict[str, str] = {
     "exit.stale": N_("another attempt of this job has taken over, so this one was ended"),
     "exit.supervisor_died": N_("the process that watched over the trainer died, so nobody knows how the trainer ended"),
     "exit.unexplained": N_("the trainer ended with code {code} and without a reason; its last output: {log}"),
+    "exit.unexplained_rank": N_(
+        "rank {rank} ended with code {code} and without a reason, which ended all; its last output: {log}"
+    ),
     # -- worker: what a host cannot do for a job -----------------------------------------------------------------
+    "worker.adapter_damaged": N_(
+        "the adapter of job {job} arrives damaged from the server; see the server's disk, or leave model.adapter empty"
+    ),
+    "worker.adapter_gone": N_(
+        "the server no longer has the adapter of job {job}; start from another, or leave model.adapter empty"
+    ),
     "worker.artifact_missing": N_("{name} has not arrived (sha256 {sha256}); upload it, then finish again"),
     "worker.agent_runs": N_(
         "a worker already runs on the data directory {folder}; stop it, or give this one another PEGBOX_DATA_DIR"

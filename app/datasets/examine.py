@@ -1,7 +1,10 @@
 """What an uploaded file is: its kind and format, how many rows it has, each row that is refused and why.
 
 The same readers as the trainer's (core.rows, core.conversation) go over the file: over its beginning to learn the
-format, then over all of it. Nothing is held but one row, the first few as a preview and the first thousand refusals."""
+format, then over all of it. Nothing is held but one row, the first few as a preview and the first thousand refusals.
+
+Of Parquet only the footer is read here: how many rows, and whether their columns are of use. A host reads the rows, and
+says which it refuses, when it measures the data set."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,7 +13,8 @@ from typing import Any
 
 from core.conversation import FORMAT_ROWS, Format, detect_format, parse_row
 from core.errors import UserError, UserErrors
-from core.rows import HEAD_BYTES, FileKind, RefusedRow, Row, detect_kind, read_rows
+from core.parquet import Column, read_footer
+from core.rows import FileType, RefusedRow, Row, detect_file, read_rows, unpack_gzip
 
 MAX_REFUSED_KEPT = 1000
 NUM_PREVIEW_ROWS = 20
@@ -24,7 +28,7 @@ OpenFile = Callable[[], Iterable[bytes]]
 
 @dataclass
 class Examined:
-    kind: FileKind
+    kind: FileType
     format: Format
     num_rows: int = 0  # good and refused
     num_refused: int = 0
@@ -34,7 +38,10 @@ class Examined:
 
 def examine(open_file: OpenFile) -> Examined:
     """Raises UserError or UserErrors when the file holds not one good row; the first reasons are among them."""
-    found = Examined(detect_kind(next(iter(open_file()), b"")[:HEAD_BYTES]), find_format(open_file))
+    kind = detect_file(open_file())
+    if kind.kind == "parquet":
+        return _examine_footer(open_file, kind)
+    found = Examined(kind, find_format(open_file))
     reasons: list[UserError] = []
     for row in read_rows(open_file()):
         found.num_rows += 1
@@ -52,6 +59,25 @@ def examine(open_file: OpenFile) -> Examined:
     if found.num_refused == found.num_rows:
         raise UserErrors(reasons)
     return found
+
+
+def _examine_footer(open_file: OpenFile, kind: FileType) -> Examined:
+    footer = read_footer(unpack_gzip(open_file()) if kind.is_gzip else open_file())
+    if footer.num_rows == 0:
+        raise UserError("data.no_rows")
+    return Examined(kind, detect_format([_stand_in(footer.columns)]), footer.num_rows)
+
+
+def _stand_in(columns: Iterable[Column]) -> dict[str, object]:
+    """A row as these columns make it; of a list of turns, what its turns are made of. (A list whose JSON text is in
+    the column shows nothing of that.)"""
+    row: dict[str, object] = dict.fromkeys((column.name for column in columns), "")
+    guesses = {"messages": {"role"}, "conversations": {"from"}}
+    return row | {
+        column.name: [dict.fromkeys(column.inner or guesses[column.name])]
+        for column in columns
+        if column.name in guesses
+    }
 
 
 def find_format(open_file: OpenFile) -> Format:
@@ -72,7 +98,10 @@ def find_format(open_file: OpenFile) -> Format:
 
 
 def read_page(open_file: OpenFile, offset: int, limit: int) -> list[dict[str, Any]]:
-    """Rows `offset` to `offset + limit` of the file, good and refused, each with its line."""
+    """Rows `offset` to `offset + limit` of the file, good and refused, each with its line. Raises UserError
+    data.rows_of_parquet."""
+    if detect_file(open_file()).kind == "parquet":
+        raise UserError("data.rows_of_parquet")
     rows = islice(read_rows(open_file()), offset, offset + limit)
     return [
         {"line": row.line, "row": shortened(row.value)}

@@ -103,7 +103,7 @@ def add_version(services: Services, name: str, blob: IncomingBlob, examined: Exa
                     dataset=dataset.id,
                     sha256=stored.sha256,
                     bytes=stored.bytes,
-                    kind=examined.kind,
+                    kind=str(examined.kind),
                     format=examined.format,
                     num_rows=examined.num_rows,
                     num_refused=examined.num_refused,

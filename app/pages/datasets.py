@@ -45,6 +45,10 @@ def datasets_page(request: Request, services: AnyServices) -> Response:
 def dataset_page(request: Request, services: AnyServices, name: str, version: str = "") -> Response:
     with services.database.read() as session:
         found = store.find(session, f"{name}@{version}" if version else name)
+        profile = _profile(session, found.version)
+        # The rows of Parquet are read by a host, so which of them are refused is known once it has measured them.
+        is_parquet = found.version.kind.startswith("parquet")
+        facts = profile if is_parquet and profile else found.version.model_dump()
         context = {
             "dataset": found.dataset,
             "version": found.version,
@@ -53,7 +57,10 @@ def dataset_page(request: Request, services: AnyServices, name: str, version: st
                 (shown["line"], json.dumps(shown["row"], ensure_ascii=False, indent=2))
                 for shown in found.version.preview[:MOST_ROWS]
             ],
-            "profile": _profile(session, found.version),
+            "profile": profile,
+            "is_parquet": is_parquet,
+            "num_refused": facts["num_refused"],
+            "refused": facts["refused"],
             "jobs": read_rows(session, _jobs_that_used(session, found.dataset), services.clock()),
         }
     return services.templates.TemplateResponse(request, "dataset.html", context)
@@ -82,6 +89,8 @@ def _profile(session: Session, version: DatasetVersion) -> dict[str, Any] | None
         "num_samples": len(profile.sample_length),
         "num_tokens": num_tokens,
         "trained_share": sum(profile.sample_trained) / num_tokens if num_tokens else None,
+        "num_refused": profile.num_refused,
+        "refused": profile.refused,
         "longest": max(profile.sample_length, default=0),
         "preview": [{"line": sample.line, "runs": list(runs(sample))} for sample in profile.preview[:MOST_SAMPLES]],
     }

@@ -1,5 +1,7 @@
 """Uploads: what is taken, and what is said about what isn't."""
 
+import gzip
+import io
 import json
 import socket
 import threading
@@ -8,9 +10,11 @@ import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import anyio
+import pyarrow as arrow
 import uvicorn
 from fastapi.testclient import TestClient
 from httpx2 import Response
+from pyarrow import parquet
 
 from app.datasets.examine import Examined, examine
 from app.tables import Job
@@ -99,11 +103,46 @@ def test_keys_that_fit_no_format_are_named(house: House) -> None:
     assert "the rows have the keys question, answer" in told and "alpaca" in told
 
 
-def test_csv_and_parquet_are_refused_by_what_they_are(house: House) -> None:
-    (csv,) = reasons(put(house.api("bob"), b"prompt,completion\nhello,world\n"))
-    assert csv.startswith("the file begins with 'prompt,completion") and "CSV is not built yet" in csv
-    (parquet,) = reasons(put(house.api("bob"), b"PAR1" + bytes(100)))
-    assert parquet.startswith("Parquet files are not read yet")
+def test_csv_is_taken_with_the_line_of_each_refused_row(house: House) -> None:
+    bob = house.api("bob")
+    content = b'prompt,completion\nhello,world\n"a\nb",c\nalone\n'
+    for kind, body in (("csv", content), ("csv.gz", gzip.compress(content))):
+        stored = put(bob, body).json()
+        assert stored.items() >= {"kind": kind, "format": "prompt_completion", "num_rows": 3, "num_refused": 1}.items()
+        (refused,) = bob.get("/api/v1/datasets/sums/report").json()["refused"]
+        assert (refused["line"], refused["code"]) == (5, "data.csv_cells")
+        assert bob.get("/api/v1/datasets/sums/rows").json()["data"][0]["row"] == {
+            "prompt": "hello",
+            "completion": "world",
+        }
+
+
+def parquet_of(rows: list[dict[str, object]]) -> bytes:
+    target = io.BytesIO()
+    parquet.write_table(arrow.Table.from_pylist(rows), target)
+    return target.getvalue()
+
+
+def test_parquet_is_taken_by_its_footer_and_its_rows_are_left_to_a_host(house: House) -> None:
+    bob = house.api("bob")
+    content = parquet_of([ROW] * 7)
+    for kind, body in (("parquet", content), ("parquet.gz", gzip.compress(content))):
+        response = put(bob, body)
+        assert response.status_code == 201, response.text
+        assert response.json().items() >= {"kind": kind, "format": "messages", "num_rows": 7}.items()
+        assert reasons(bob.get("/api/v1/datasets/sums/rows"))[0].startswith("the rows of a Parquet file are read by")
+    page = house.browser("bob").get("/datasets/sums").text
+    assert "known when a host has read them" in page
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    assert put(bob, parquet_of([{"conversations": turns}]), name="turns").json()["format"] == "sharegpt"
+
+
+def test_parquet_of_no_use_is_refused_with_the_reason(house: House) -> None:
+    bob = house.api("bob")
+    (unknown,) = reasons(put(bob, parquet_of([{"question": "?", "answer": "!"}])))
+    assert "the rows have the keys question, answer" in unknown
+    (torn,) = reasons(put(bob, parquet_of([ROW])[:-9]))
+    assert torn.startswith("this Parquet file cannot be read: it has no footer")
 
 
 def test_a_form_is_refused_with_the_way_to_send_a_file(house: House) -> None:

@@ -1,3 +1,6 @@
+import csv
+import gzip
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core import rows as rows_module
 from core.errors import UserError
-from core.rows import RefusedRow, Row, detect_kind, read_rows
+from core.rows import COLUMNS, RefusedRow, Row, detect_type, read_rows, unpack_gzip
 
 json_values = st.recursive(
     st.none()
@@ -212,29 +216,54 @@ def test_an_element_without_an_end_is_refused_at_the_limit_and_ends_the_reading(
 
 @pytest.mark.parametrize(
     ("start", "kind"),
-    [(b"PAR1\x15", "Parquet"), (b"\x1f\x8b\x08", "gzip"), (b"PK\x03\x04", "zip"), (b"ARROW1\x00", "Arrow")],
+    [
+        (b"PK\x03\x04", "zip"),
+        (b"ARROW1\x00", "Arrow"),
+        (gzip.compress(b"BZh"), "bzip2"),
+        (gzip.compress(gzip.compress(b"{}")), "gzip within gzip"),
+    ],
 )
-def test_a_kind_that_is_not_built_is_refused_by_name(start, kind):
-    with pytest.raises(UserError, match=f"{kind} files are not read yet") as caught:
-        detect_kind(start)
+def test_a_kind_that_is_not_read_is_refused_by_name(start, kind):
+    with pytest.raises(UserError, match=f"{kind} files are not read; give JSONL, JSON, CSV or Parquet") as caught:
+        detect_type(start)
     assert caught.value.code == "data.kind_not_built"
 
 
-@pytest.mark.parametrize("start", [b"instruction,output\nhello,world\n", b"\xff\xfe{\x00", b"\x89PNG"])
-def test_what_is_neither_json_nor_jsonl_is_refused_with_how_it_begins(start):
-    with pytest.raises(UserError, match="CSV is not built yet") as caught:
+@pytest.mark.parametrize("start", [b"hello world\n", b"\xff\xfe{\x00", b"\x89PNG", gzip.compress(b"<html>")])
+def test_what_is_nothing_that_is_read_is_refused_with_how_it_begins(start):
+    with pytest.raises(UserError, match="CSV with a header") as caught:
         list(read_rows([start]))
     assert caught.value.code == "data.kind_unknown"
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b'{"text": "a"}', "jsonl"),
+        (b'[{"text": "a"}]', "json"),
+        (b"text\n", "csv"),
+        (b"\xef\xbb\xbfinstruction;input;output\r\n", "csv"),
+        (b"question,answer\n1,2\n", "csv"),
+        (b'\n"messages"\t"tools"\n"[\n{""role"": ', "csv"),
+        (b'{"instruction": "a,b", "output": "c"}\n', "jsonl"),
+        (b"PAR1\x15\x04", "parquet"),
+    ],
+)
+def test_a_kind_is_told_by_its_content_packed_or_not(content, kind):
+    assert str(detect_type(content)) == kind
+    assert str(detect_type(gzip.compress(content))) == f"{kind}.gz"
+    # Only the beginning of a packed file is seen.
+    assert detect_type(gzip.compress(content + b" " * 3_000_000 + bytes(range(256)) * 20)[:2000]).kind == kind
+
+
 def test_a_bad_first_line_is_one_bad_row():
-    assert detect_kind(b'oops\n{"a": 1}\n') == "jsonl"
+    assert detect_type(b'oops\n{"a": 1}\n').kind == "jsonl"
     assert outcomes(b'oops\n{"a": 1}\n') == [(1, 0, "data.row_broken"), (2, 1, "ok")]
 
 
 def test_the_kind_is_seen_behind_mark_and_space():
-    assert detect_kind(b'\xef\xbb\xbf \n [{"a": 1}]') == "json"
-    assert detect_kind(b'\xef\xbb\xbf{"a": 1}') == "jsonl"
+    assert detect_type(b'\xef\xbb\xbf \n [{"a": 1}]').kind == "json"
+    assert detect_type(b'\xef\xbb\xbf{"a": 1}').kind == "jsonl"
 
 
 def test_the_messages_in_the_docs_are_the_real_ones():
@@ -242,3 +271,114 @@ def test_the_messages_in_the_docs_are_the_real_ones():
     broken, no_object = read_rows([b'\n{"text": "a\n3\n'])
     assert f"`{broken}`" in page
     assert f"`{no_object}`" in page
+
+
+# -- CSV
+
+
+def table(header: list[str], *cells: list[str], delimiter: str = ",") -> bytes:
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows([header, *cells])
+    return text.getvalue().encode()
+
+
+cell_texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), max_size=12)
+
+
+@given(st.lists(st.tuples(cell_texts, cell_texts), max_size=6), st.integers(1, 40), st.sampled_from([",", ";", "\t"]))
+def test_csv_gives_its_cells_however_the_bytes_are_cut(cells, size, delimiter):
+    content = table(["instruction", "output"], *map(list, cells), delimiter=delimiter)
+    assert values(content, size) == [{"instruction": first, "output": second} for first, second in cells]
+
+
+def test_a_list_in_a_cell_is_its_json_text_and_tools_stay_a_text():
+    turns = [{"role": "user", "content": 'say "hi",\nthen go'}, {"role": "assistant", "content": "hi"}]
+    content = table(["messages", "tools"], [json.dumps(turns, indent=1), "[]"], [json.dumps(turns), ""])
+    assert values(content) == [{"messages": turns, "tools": "[]"}, {"messages": turns, "tools": ""}]
+
+
+def test_a_row_of_csv_is_named_by_the_line_where_it_begins():
+    content = b'text,system\n"a\nb",x\n\nc\n"d ""quoted""",y\n'
+    assert outcomes(content) == [(2, 0, "ok"), (5, 1, "data.csv_cells"), (6, 2, "ok")]
+
+
+@pytest.mark.parametrize(
+    ("cell", "code"),
+    [
+        (b'"[{""role"": ]"', "data.cell_broken"),
+        (b'"[] []"', "data.cell_broken"),
+        (b'"[NaN]"', "data.row_not_finite"),
+        (b'"[""\\ud83d""]"', "data.row_half_character"),
+        (b"[\xff]", "data.cell_not_utf8"),
+    ],
+)
+def test_a_bad_cell_is_refused_with_its_column_and_the_next_row_is_read(cell, code):
+    content = b"messages\n" + cell + b"\n[]\n"
+    assert outcomes(content) == [(2, 0, code), (3, 1, "ok")]
+    refused = next(read_rows([content]))
+    assert "messages" in str(refused) or code.startswith("data.row_")
+
+
+@pytest.mark.parametrize(
+    ("rest", "code"),
+    [
+        (b'"never closed\nc\nd\n', "data.csv_broken"),
+        (b'"a"b\nc\n', "data.csv_broken"),
+        (b"x" * 300 + b"\nc\n", "data.csv_row_too_long"),
+        (b'"' + b"x\n" * 300, "data.csv_row_too_long"),
+    ],
+)
+def test_a_broken_table_keeps_what_stood_before_and_ends_there(rest, code):
+    assert outcomes(b"text\na\nb\n" + rest, max_row_bytes=200) == [(2, 0, "ok"), (3, 1, "ok"), (4, 2, code)]
+
+
+@pytest.mark.parametrize(
+    ("header", "code"),
+    [(b"text,\n", "data.csv_no_column_name"), (b"text,system,text\n", "data.csv_same_column_name")],
+)
+def test_columns_without_a_name_of_their_own_are_refused(header, code):
+    with pytest.raises(UserError) as caught:
+        list(read_rows([header + b"a,b,c\n"]))
+    assert caught.value.code == code
+
+
+# -- gzip
+
+
+@given(json_rows, st.integers(1, 40), st.integers(0, 9))
+def test_a_packed_file_has_the_same_rows(rows, size, level):
+    content = b"\n".join(json.dumps(row).encode() for row in rows)
+    half = len(content) // 2
+    members = gzip.compress(content[:half], level) + gzip.compress(content[half:], level) + b"\0" * 7
+    assert values(members, size) == rows
+
+
+def test_a_torn_or_damaged_packed_file_keeps_the_rows_before_and_says_so():
+    noise = "".join(chr(97 + number * number % 23) for number in range(200))
+    content = b"".join(b'{"text": "%d %s"}\n' % (number, noise.encode()) for number in range(5000))
+    packed = gzip.compress(content)
+    # Cut in the middle, within the checksum, and a byte turned over.
+    damaged = bytearray(packed)
+    damaged[-3] ^= 255
+    for torn in (packed[: len(packed) // 2], packed[:-2], bytes(damaged)):
+        # How far before the damage the last row stands depends on how much is unpacked at once.
+        *good, last = read_rows(cut(torn, 1000))
+        assert isinstance(last, RefusedRow) and last.error.code == "data.gzip_broken"
+        assert 100 < len(good) <= 5000
+        assert [(row.line, row.index) for row in [*good, last]] == [(n + 1, n) for n in range(len(good) + 1)]
+        assert all(isinstance(row, Row) for row in good)
+
+
+def test_a_bomb_is_refused_as_soon_as_it_is_known(monkeypatch):
+    monkeypatch.setattr(rows_module, "FREE_EXPANSION_BYTES", 2**20)
+    bomb = gzip.compress(b'{"text": "' + b"a" * 20 * 2**20)
+    with pytest.raises(UserError, match="200 times as many") as caught:
+        list(read_rows([bomb]))
+    assert caught.value.code == "data.gzip_expands"
+    assert caught.value.parameters["unpacked"] < 200 * len(bomb) + 2**21
+    assert sum(map(len, unpack_gzip([gzip.compress(bytes(2**20))]))) == 2**20
+
+
+def test_each_column_that_a_format_knows_marks_a_table():
+    for name in COLUMNS:
+        assert detect_type(name.encode() + b"\n").kind == "csv"

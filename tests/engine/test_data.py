@@ -159,7 +159,7 @@ def test_files_that_cannot_be_read_at_all(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"")
     assert refusal(path).code == "data.no_rows"
-    path.write_bytes(gzip.compress(b"{}"))
+    path.write_bytes(gzip.compress(b"PK\x03\x04"))
     assert refusal(path).code == "data.kind_not_built"
     assert refusal(write(path, [{"a": 1}])).code == "data.format_unknown"
     without = HfChatTokenizer(byte_level())

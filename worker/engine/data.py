@@ -26,8 +26,9 @@ from core.conversation import FORMAT_ROWS, Format, Parsed, detect_format, parse_
 from core.errors import UserError
 from core.profile import Column, DataProfile, RefusedRow
 from core.rows import RefusedRow as UnreadRow
-from core.rows import Row, read_rows
+from core.rows import Row, detect_file, read_rows
 from core.spec import JobSpec, ValidationDataset
+from worker.engine.parquet import read_parquet
 from worker.job_directory import Inputs
 
 CHUNK_BYTES = 1 << 20
@@ -99,7 +100,7 @@ def read_samples(
     path: Path, tokenizer: ChatTokenizer, reading: Reading, on_progress: OnProgress = lambda done, total: None
 ) -> MeasuredSet:
     """All samples of a file, with its profile. Raises UserError data.* where no row of it can be used."""
-    rows = read_rows(_chunks(path, on_progress))
+    rows = _rows(path, on_progress)
     deciding = list(_until_good(rows, NUM_DECIDING_ROWS))
     good = [row for row in deciding if isinstance(row, Row)]
     if deciding and not good:
@@ -114,6 +115,13 @@ def read_samples(
     if not builder.samples:
         raise _no_good_row(path, builder.num_rows, builder.refused)
     return MeasuredSet(builder.profile(multi_turn, why), builder.samples)
+
+
+def _rows(path: Path, on_progress: OnProgress) -> Iterator[Row | UnreadRow]:
+    type = detect_file(_chunks(path, lambda done, total: None))
+    if type.kind == "parquet":
+        return read_parquet(path, is_gzip=type.is_gzip, on_progress=on_progress)
+    return read_rows(_chunks(path, on_progress))
 
 
 def _chunks(path: Path, on_progress: OnProgress) -> Iterator[bytes]:

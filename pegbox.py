@@ -153,21 +153,24 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from worker.by_hand import prepare_directory, print_plan, read_spec_file
+    from worker.by_hand import prepare_directory, print_plan, read_spec_file, train_ranks
     from worker.processes import PATIENT_THREADS
     from worker.settings import WorkerSettings
 
     _read_dotenv()
     spec = read_spec_file(arguments.file)
-    model_roots = WorkerSettings.from_environment().model_roots
+    settings = WorkerSettings.from_environment()
+    model_roots, cache_dir = settings.model_roots, settings.cache_dir
     if arguments.dry_run:
-        return print_plan(spec, model_roots)
+        return print_plan(spec, model_roots, cache_dir)
     if arguments.out is None:
         raise UserError("train.no_out", "--out")
-    prepared = prepare_directory(spec, arguments.out, model_roots, fresh=arguments.fresh)
+    prepared = prepare_directory(spec, arguments.out, model_roots, cache_dir, fresh=arguments.fresh)
     if prepared.is_finished:
         print(f"{arguments.out} is finished; its result is in {arguments.out / 'result'}", file=sys.stderr)
         return 0
+    if spec.parallel.devices > 1:
+        return train_ranks(prepared.directory)
     # Read by OpenMP when torch is loaded.
     os.environ.update(PATIENT_THREADS)
     from worker.engine.train import main as train

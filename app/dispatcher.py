@@ -76,7 +76,7 @@ def _queued_job(job: Job) -> QueuedJob:
         id=job.id,
         priority=job.priority,
         queued_at=job.queued_at,
-        num_devices=job.spec["parallel"]["devices"],
+        num_ranks=job.spec["parallel"]["devices"],
         model=job.spec["model"]["base"],
         host_pinned=job.pinned_host,
     )
@@ -99,6 +99,7 @@ def _offers(session: Session, now: float) -> Iterator[HostOffer]:
             all_devices=tuple(device.id for device in devices),
             free_devices=tuple(free),
             models=frozenset(model.name for model in report.models),
+            num_cpus=report.num_cpus,
             features=frozenset({"gpu"}) if kind == "gpu" else frozenset(),
             reaches_hub=report.reaches_hub,
             accepts=takes_work and now - host.beat_at < HOST_FRESH_S,

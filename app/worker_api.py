@@ -18,6 +18,7 @@ from app.auth import Caller, Worker
 from app.blobs import record_blob
 from app.datasets.references import data_of
 from app.jobs import JOBS_TOPIC, QUEUE_TOPIC, topic_of
+from app.jobs.adapters import adapter_of
 from app.jobs.attempts import CLAIMED, NotRecorded, StaleFence, beat, check_fence, claim, finish
 from app.problems import Problem, not_found
 from app.profiles import claim_profile, packed_facts, store_measured, store_result, topic_of_profile, wanted_profiles
@@ -121,12 +122,15 @@ def claim_attempt(job_id: str, number: int, message: Claim, caller: Worker, serv
         if message.host != attempt.host:
             raise not_found("attempt", f"{job_id}/{number}")
         claim(session, job, attempt, message.fence, services.clock())
-        files = data_of(session, parse_spec(job.spec))
+        spec = parse_spec(job.spec)
+        files = data_of(session, spec)
+        adapter = () if spec.model.adapter is None else adapter_of(session, spec.model.adapter)
     _tell(services, job_id)
     return Assignment(
         spec=job.spec,
         data=tuple(DataFile(dataset=name, sha256=file.sha256, bytes=file.bytes) for name, file in files),
         devices=tuple(attempt.devices),
+        adapter=adapter,
         resume_from=(job.id, *(job.resume_jobs or [])),
         redis_url=services.settings.redis_url or None,
         acked_seq=attempt.acked_seq,

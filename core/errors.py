@@ -91,7 +91,15 @@ TEXTS: dict[str, str] = {
     "plan.sample_longer_than_row": N_(
         "a sample of {length} tokens is longer than a row of {row_length}; set packing.row_length to at least {length}"
     ),
+    "plan.no_runs": N_(
+        "the data was measured by an earlier release, which did not note where its trained tokens lie, so it cannot be "
+        "cut; upload it again, or choose drop and best_fit"
+    ),
     "plan.no_samples": N_("no sample is left to train on: of {rows} rows, {reasons}"),
+    "plan.wrapped_to_nothing": N_(
+        "wrapped into rows of {row_length} tokens every trained token comes first in its piece, where nothing predicts "
+        "it; choose packing.algorithm best_fit, or raise packing.row_length"
+    ),
     # -- warm-up: where its number of steps comes from -----------------------------------------------------------
     "warmup.default": N_("3 % of {total_steps} steps, which is the default"),
     "warmup.default_short": N_("a short run of {total_steps} steps: 10 % of them, at most 10, which is the default"),
@@ -162,6 +170,10 @@ TEXTS: dict[str, str] = {
     ),
     "engine.past_the_end": N_(
         "the checkpoint stands at step {step}, but this job has only {total_steps} steps; train longer, or start over"
+    ),
+    "engine.ranks": N_(
+        "the spec asks for {devices} devices and the job was given {given}, but {ranks} processes are at work; start it "
+        "with torchrun --standalone --nproc-per-node {devices}"
     ),
     "engine.quantised_base": N_(
         "the weights of this model are stored quantised ({kind}), which cannot be trained on exactly; choose the "

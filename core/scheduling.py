@@ -1,9 +1,10 @@
 """Which queued job gets which devices of which host, and why the others wait. A pure function: the dispatcher asks it
 every second and after each change, inside the transaction that acts on its answer.
 
-Jobs are looked at in one order: priority, then age, then id. A job runs on one host, with as many devices as it asks
-for. Of the hosts that fit, one that already has the model comes first (a download costs more than a gap), then the
-one on which the fewest devices stay free, so that large gaps are left for large jobs.
+Jobs are looked at in one order: priority, then age, then id. A job runs on one host. What it asks for are ranks: on
+GPUs each gets one of its own, on a CPU all of them run in one slot, a host's slots being equal shares of its CPUs. Of
+the hosts that fit, one that already has the model comes first (a download costs more than a gap), then one with GPUs,
+then the one on which the fewest devices stay free, so that large gaps are left for large jobs.
 
 A job that has to wait does not hold up those behind it, with one exception, without which small jobs would
 starve a big one for ever: it keeps the free devices of one host on which it would fit whole, the one where
@@ -29,7 +30,7 @@ class QueuedJob:
     id: str
     priority: int
     queued_at: float  # seconds, the server's clock
-    num_devices: int
+    num_ranks: int
     model: str
     may_fetch: bool = False
     host_pinned: str | None = None
@@ -39,7 +40,8 @@ class QueuedJob:
 
 @dataclass(frozen=True)
 class HostOffer:
-    """`accepts`: its last heartbeat is fresh and it is not being drained."""
+    """`accepts`: its last heartbeat is fresh and it is not being drained. `num_cpus`: so many ranks run there at most
+    in a CPU slot; more would only take each other's time and memory."""
 
     id: str
     name: str
@@ -47,6 +49,7 @@ class HostOffer:
     all_devices: tuple[str, ...]
     free_devices: tuple[str, ...]
     models: frozenset[str]
+    num_cpus: int = 1
     features: frozenset[str] = frozenset()
     reaches_hub: bool = False
     accepts: bool = True
@@ -57,6 +60,16 @@ class HostOffer:
 
     def offers_model(self, job: QueuedJob) -> bool:
         return job.model in self.models or (job.may_fetch and self.reaches_hub)
+
+    def devices_for(self, job: QueuedJob) -> int:
+        return job.num_ranks if self.device_kind == "gpu" else 1
+
+    @property
+    def most_ranks(self) -> int:
+        """Of one job."""
+        if self.device_kind == "gpu" or not self.all_devices:
+            return len(self.all_devices)
+        return self.num_cpus
 
 
 @dataclass(frozen=True)
@@ -95,19 +108,25 @@ def assign(queued: Sequence[QueuedJob], hosts: Sequence[HostOffer]) -> list[Deci
             position += 1
             decisions.append(Waiting(job.id, position, able))
             continue
-        fitting = [host for host in able if host.id not in kept_for and len(free[host.id]) >= job.num_devices]
+        fitting = [host for host in able if host.id not in kept_for and len(free[host.id]) >= host.devices_for(job)]
         if fitting:
-            chosen = min(fitting, key=lambda host: (job.model not in host.models, len(free[host.id])))
-            devices = tuple(free[chosen.id][: job.num_devices])
-            del free[chosen.id][: job.num_devices]
+            chosen = min(fitting, key=lambda host: _preference(job, host, len(free[host.id])))
+            num_devices = chosen.devices_for(job)
+            devices = tuple(free[chosen.id][:num_devices])
+            del free[chosen.id][:num_devices]
             decisions.append(Assigned(job.id, chosen.id, devices))
             continue
         position += 1
         decisions.append(Waiting(job.id, position, _why_no_device(job, able, free, kept_for)))
         unkept = [host for host in able if host.id not in kept_for]
         if unkept:
-            kept_for[min(unkept, key=lambda host: -len(free[host.id])).id] = job.id
+            kept_for[min(unkept, key=lambda host: host.devices_for(job) - len(free[host.id])).id] = job.id
     return decisions
+
+
+def _preference(job: QueuedJob, host: HostOffer, num_free: int) -> tuple[bool, bool, int]:
+    """The host for which this is the smallest is taken."""
+    return job.model not in host.models, host.device_kind != "gpu", num_free
 
 
 def _hosts_able_to_run(job: QueuedJob, hosts: Sequence[HostOffer]) -> list[HostOffer] | Reason:
@@ -120,9 +139,9 @@ def _hosts_able_to_run(job: QueuedJob, hosts: Sequence[HostOffer]) -> list[HostO
         (lambda host: host.offers_model(job), "wait.no_model", {"model": job.model}),
         (lambda host: job.needs <= host.features, "wait.features", {"features": ", ".join(sorted(job.needs))}),
         (
-            lambda host: job.num_devices <= len(host.all_devices),
+            lambda host: job.num_ranks <= host.most_ranks,
             "wait.too_many_devices",
-            {"num_devices": job.num_devices},
+            {"num_devices": job.num_ranks},
         ),
         (lambda host: host.id not in job.excluded_hosts, "wait.excluded", {}),
         (lambda host: host.accepts, "wait.no_host_accepts", {}),
@@ -131,7 +150,7 @@ def _hosts_able_to_run(job: QueuedJob, hosts: Sequence[HostOffer]) -> list[HostO
     for obeys, code, parameters in rules:
         obeying = [host for host in able if obeys(host)]
         if not obeying:
-            largest = max(len(host.all_devices) for host in able)
+            largest = max(host.most_ranks for host in able)
             return Reason(code, {"hosts": _names(able), "largest": largest, **parameters})
         able = obeying
     return able
@@ -143,15 +162,15 @@ def _pinned_host(job: QueuedJob, hosts: Sequence[HostOffer]) -> list[HostOffer] 
     if not pinned or not pinned[0].accepts:
         return Reason("wait.host_gone", {"host": _names(pinned) or str(job.host_pinned)})
     host = pinned[0]
-    if host.offers_model(job) and job.needs <= host.features and job.num_devices <= len(host.all_devices):
+    if host.offers_model(job) and job.needs <= host.features and job.num_ranks <= host.most_ranks:
         return pinned
-    return Reason("wait.host_unfit", {"host": host.name, "model": job.model, "num_devices": job.num_devices})
+    return Reason("wait.host_unfit", {"host": host.name, "model": job.model, "num_devices": job.num_ranks})
 
 
 def _why_no_device(
     job: QueuedJob, able: Sequence[HostOffer], free: Mapping[str, Sequence[str]], kept_for: Mapping[str, str]
 ) -> Reason:
-    kept = [host for host in able if len(free[host.id]) >= job.num_devices]
+    kept = [host for host in able if len(free[host.id]) >= host.devices_for(job)]
     if kept:
         return Reason("wait.kept", {"ahead": kept_for[kept[0].id], "host": kept[0].name})
     total = sum(len(host.all_devices) for host in able)
@@ -159,7 +178,8 @@ def _why_no_device(
     counts: dict[str, Parameter] = {"busy": busy, "total": total}
     if job.host_pinned is not None:
         return Reason("wait.host_full", {"host": able[0].name, **counts})
-    plural = {} if job.num_devices == 1 else {"num_devices": job.num_devices}
+    num_devices = max(host.devices_for(job) for host in able)
+    plural: dict[str, Parameter] = {} if num_devices == 1 else {"num_devices": num_devices}
     if len(able) > 1:
         return Reason("wait.devices" if plural else "wait.device", {"num_hosts": len(able), **plural, **counts})
     return Reason(f"wait.{able[0].device_kind}{'s' if plural else ''}", {"host": able[0].name, **plural, **counts})

@@ -13,12 +13,12 @@ at any time. Whoever calls with an old fence gets 409 and stops.
     POST /attempts/{job}/{n}/profile        -> {}                 what the trainer measured
     PUT  /attempts/{job}/{n}/artifacts/{sha256}?fence=            body = the file; hashed by the server
     POST /attempts/{job}/{n}/finish  Finish -> Finished|409|425   the attempt's end, in one transaction; a repeat is 200
-    GET  /blobs/{sha256}      (Range)                             data files
+    GET  /blobs/{sha256}      (Range)                             data files, adapters
     POST /profiles/{id}/claim               -> ProfileOrder | 409
     POST /profiles/{id}/result ProfileResult-> {}
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -130,6 +130,18 @@ class DataFile(Message):
     bytes: int
 
 
+AdapterFileName = Literal["adapter_config.json", "adapter_model.safetensors"]
+ADAPTER_FILES: tuple[AdapterFileName, ...] = get_args(AdapterFileName)
+
+
+class AdapterFile(Message):
+    """A file of the adapter that a job starts from; only these names become a path."""
+
+    name: AdapterFileName
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    bytes: int
+
+
 class Claim(Message):
     host: str
     fence: int
@@ -138,7 +150,8 @@ class Claim(Message):
 class Assignment(Message):
     spec: dict[str, Any]  # the stored JobSpec, parsed again by the worker: an unknown key is refused there
     data: tuple[DataFile, ...]
-    devices: tuple[str, ...]
+    devices: tuple[str, ...]  # GPUs, one a rank; on a CPU one slot, in which all ranks run
+    adapter: tuple[AdapterFile, ...] = ()  # of the job that spec.model.adapter names
     # Jobs whose checkpoints may be resumed from, on this host, newest attempt first; the job's own comes first.
     resume_from: tuple[str, ...] = ()
     lease_s: float = LEASE_S

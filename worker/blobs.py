@@ -1,4 +1,5 @@
-"""Data files of this host, by the sha256 of their content: fetched once, verified, shared by all jobs.
+"""Files that the server keeps and this host needs (data sets, adapters) by the sha256 of their content: fetched once,
+verified, shared by all jobs.
 
 A file appears under its final name only when its hash is right. What was fetched before a break stays as `.part` and is
 continued with a Range request; a lock on it makes a second job wait for the first one's download and then find it done.
@@ -12,7 +13,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from core.wire import DataFile
 from worker.job_directory import sync_folder
 from worker.server import Interrupted, Server, insist
 
@@ -26,7 +26,7 @@ class WrongBytes(Exception):
 def fetch_blob(
     server: Server,
     folder: Path,
-    file: DataFile,
+    sha256: str,
     *,
     is_unwanted: Callable[[], bool],
     longest_back_off_s: float,
@@ -34,8 +34,8 @@ def fetch_blob(
 ) -> Path:
     """Raises WrongBytes, Interrupted, and Unknown for a file that the server does not have."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / file.sha256
-    part = folder / f"{file.sha256}.part"
+    target = folder / sha256
+    part = folder / f"{sha256}.part"
     with part.open("ab") as output:
         while not target.exists():
             try:
@@ -52,19 +52,19 @@ def fetch_blob(
             return target
         for _ in range(2):
             insist(
-                lambda: _continue(server, file.sha256, output.fileno(), is_unwanted, on_progress),
+                lambda: _continue(server, sha256, output.fileno(), is_unwanted, on_progress),
                 is_unwanted=is_unwanted,
                 longest_back_off_s=longest_back_off_s,
             )
             os.fsync(output.fileno())
             with part.open("rb") as whole:
-                if hashlib.file_digest(whole, "sha256").hexdigest() == file.sha256:
+                if hashlib.file_digest(whole, "sha256").hexdigest() == sha256:
                     part.rename(target)
                     sync_folder(folder)
                     return target
             # A part from an older break may be at fault: once more, from the start.
             os.ftruncate(output.fileno(), 0)
-    raise WrongBytes(f"data set {file.dataset}: what the server sends does not have the sha256 {file.sha256}")
+    raise WrongBytes(f"what the server sends does not have the sha256 {sha256}")
 
 
 def _continue(

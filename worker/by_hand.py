@@ -2,15 +2,23 @@
 
 It makes the same directory that a supervisor makes for an attempt (see worker.job_directory) and leaves the rest to the
 same trainer. Data sets that hold a slash or a file ending are paths, seen from where the command runs; a model is a
-folder, or a name below a model root.
+folder, or a name below a model root; so is an adapter to start from a folder.
+
+On one device the trainer is this process itself. On several its ranks are torchrun's children, which print here, are
+told to stop by Ctrl-C or TERM (a second one ends all at once), and die with this process, however it ends.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
@@ -19,10 +27,18 @@ from core.demo_data import DEMO_MODEL
 from core.errors import UserError
 from core.preflight import plan_job
 from core.spec import JobSpec, ValidationDataset, is_path, parse_spec
+from core.wire import ADAPTER_FILES
+from worker.diagnosis import Evidence, diagnose, num_oom_kills
 from worker.gpus import sample_gpus
-from worker.job_directory import InputFile, Inputs, OutcomeFile, write_json
+from worker.inputs import device_environment
+from worker.job_directory import InputFile, Inputs, read_outcome, write_json
+from worker.processes import own_environment, sweep
+from worker.settings import TRAINER_ARGV
+from worker.trainer import Line, Trainer
 
 MAX_SPEC_BYTES = 1_000_000
+_LOOK_EVERY_S = 0.2
+_SWEEP_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,9 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def prepare_directory(spec: JobSpec, out: Path, model_roots: tuple[Path, ...], *, fresh: bool) -> Prepared:
+def prepare_directory(
+    spec: JobSpec, out: Path, model_roots: tuple[Path, ...], cache_dir: Path, *, fresh: bool
+) -> Prepared:
     """Makes `out` ready for the trainer, or finds it finished. The same spec goes on from its newest checkpoint.
 
     Raises UserError train.other_spec where `out` was begun with another spec, and where model or data are missing."""
@@ -80,9 +98,12 @@ def prepare_directory(spec: JobSpec, out: Path, model_roots: tuple[Path, ...], *
         model_path=str(_find_model(spec.model.base, model_roots)),
         model_name=spec.model.base,
         data=tuple(_find_data(name) for name in _dataset_names(spec)),
+        adapter_path=_find_adapter(spec),
         resume=tuple(str(path) for path in _checkpoints(out)),
-        devices=(_own_device(),),
-        threads=int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+        devices=own_devices(spec.parallel.devices),
+        ranks=spec.parallel.devices,
+        cache_dir=str(cache_dir),
+        threads=_threads_per_rank(spec.parallel.devices),
     )
     (out / "outcome.json").unlink(missing_ok=True)
     write_json(out / "inputs.json", inputs)
@@ -97,11 +118,8 @@ def _refuse_foreign(out: Path) -> None:
 
 
 def _is_finished(out: Path) -> bool:
-    try:
-        outcome = OutcomeFile.model_validate_json((out / "outcome.json").read_bytes())
-    except FileNotFoundError:
-        return False
-    return outcome.code == 0 and (out / "result").is_dir()
+    outcome = read_outcome(out)
+    return outcome is not None and outcome.code == 0 and (out / "result").is_dir()
 
 
 def _checkpoints(out: Path) -> list[Path]:
@@ -126,10 +144,36 @@ def _find_data(name: str) -> InputFile:
     return InputFile(dataset=name, path=str(path.resolve()), sha256=digest)
 
 
-def _own_device() -> str:
-    """This machine's first GPU where it has one: one that torch can't use is an error then, never a slow CPU run.
-    CUDA_VISIBLE_DEVICES="" asks for the CPU."""
-    return "gpu0" if sample_gpus() and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu0"
+def own_devices(num_ranks: int) -> tuple[str, ...]:
+    """The first GPUs that this process may see, one a rank; without any it is the CPU, on which all ranks run. A GPU
+    that torch can't use is an error later, never a slow CPU run.
+
+    Raises UserError train.too_few_gpus."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(sample.index) for sample in sample_gpus()]
+    if gpus and named is not None:
+        # As CUDA reads it: numbers or UUIDs up to the first that is none, so that "" or -1 asks for the CPU.
+        gpus = list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, named.split(","))))
+    if not gpus:
+        return ("cpu0",)
+    if len(gpus) < num_ranks:
+        source = "this machine has" if named is None else "CUDA_VISIBLE_DEVICES names"
+        raise UserError("train.too_few_gpus", "parallel.devices", asked=num_ranks, source=source, there=len(gpus))
+    return tuple(f"gpu{name}" for name in gpus[:num_ranks])
+
+
+def _threads_per_rank(num_ranks: int) -> int:
+    """OMP_NUM_THREADS counts for each rank, as torchrun has it."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // num_ranks))
+
+
+def _find_adapter(spec: JobSpec) -> str:
+    if spec.model.adapter is None:
+        return ""
+    folder = Path(spec.model.adapter).expanduser()
+    if not all((folder / name).is_file() for name in ADAPTER_FILES):
+        raise UserError("train.no_adapter", "model.adapter", folder=str(folder.absolute()))
+    return str(folder.resolve())
 
 
 def _find_model(base: str, model_roots: tuple[Path, ...]) -> Path:
@@ -145,7 +189,95 @@ def _find_model(base: str, model_roots: tuple[Path, ...]) -> Path:
     raise UserError("train.no_model", "model.base", name=base, looked=looked)
 
 
-def print_plan(spec: JobSpec, model_roots: tuple[Path, ...]) -> int:
+@dataclass
+class _Wishes:
+    """What signals have asked of a run."""
+
+    num_stops: int = 0
+    num_checkpoints: int = 0
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        def stop(*_: object) -> None:
+            self.num_stops += 1
+
+        def checkpoint(*_: object) -> None:
+            self.num_checkpoints += 1
+
+        handlers = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGUSR1: checkpoint}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train_ranks(directory: Path, argv: Sequence[str] = TRAINER_ARGV) -> int:
+    """Runs the ranks of a prepared directory to their end and returns the exit code: outcome.json's, or 128 and the
+    signal that ended a rank."""
+    inputs = Inputs.model_validate_json((directory / "inputs.json").read_bytes())
+    mark = f"train.{uuid.uuid4().hex}"
+    environment = own_environment(
+        os.environ, mark, OMP_NUM_THREADS=str(inputs.threads), **_gpu_environment(inputs.devices)
+    )
+    num_oom_kills_before = num_oom_kills()
+    wishes, num_checkpoints = _Wishes(), 0
+    with wishes.heard():
+        trainer = Trainer(argv, directory.resolve(), environment, num_ranks=inputs.ranks)
+        while (returncode := trainer.poll()) is None:
+            trainer.wait_for_output(_LOOK_EVERY_S)
+            _show(trainer.read_lines())
+            if wishes.num_stops > 1:
+                trainer.kill()
+            elif wishes.num_stops:
+                trainer.ask_to_stop()
+            elif wishes.num_checkpoints > num_checkpoints:
+                num_checkpoints = wishes.num_checkpoints
+                trainer.send(signal.SIGUSR1)
+        left = sweep(mark, timeout_s=_SWEEP_S)
+        _show(trainer.read_rest())
+    outcome = read_outcome(directory)
+    death = trainer.death()
+    end = diagnose(
+        Evidence(
+            returncode=returncode if death is None else death.returncode,
+            outcome=outcome,
+            # Nobody is told more here than the trainer's own word.
+            has_end_event=True,
+            has_result=(directory / "result").is_dir(),
+            wish="stop" if wishes.num_stops else "run",
+            deed="none",
+            log_tail=trainer.last_words(death),
+            num_oom_kills=num_oom_kills() - num_oom_kills_before,
+            grace_s=0.0,
+            rank=None if death is None else death.rank,
+        )
+    )
+    trainer.close()
+    if left:
+        sys.stderr.write(f"processes {left} could not be killed and may still hold their devices\n")
+    if outcome is None:
+        _show(Line(0, text) for text in trainer.launcher_tail())
+    if outcome is None or end.text != outcome.text:
+        sys.stderr.write(f"{end.text}\n{end.remedy}\n" if end.remedy else f"{end.text}\n")
+    assert end.exit_code is not None
+    return end.exit_code
+
+
+def _show(lines: Iterable[Line]) -> None:
+    for line in lines:
+        sys.stderr.write(f"{line.text}\n" if line.rank == 0 else f"[rank {line.rank}] {line.text}\n")
+
+
+def _gpu_environment(devices: Sequence[str]) -> dict[str, str]:
+    """Of what a person made visible, the part that is used, under the names that they gave."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return {"CUDA_VISIBLE_DEVICES": ",".join(device.removeprefix("gpu") for device in devices)}
+    return device_environment(devices)
+
+
+def print_plan(spec: JobSpec, model_roots: tuple[Path, ...], cache_dir: Path) -> int:
     """`--dry-run`: reads model and data as a run would, and prints what it would do, as one JSON object on stdout."""
     from worker.engine.data import load_corpus
     from worker.engine.device import find_device
@@ -157,10 +289,16 @@ def print_plan(spec: JobSpec, model_roots: tuple[Path, ...]) -> int:
         model_path=str(model_path),
         model_name=spec.model.base,
         data=tuple(_find_data(name) for name in _dataset_names(spec)),
+        cache_dir=str(cache_dir),
     )
     tokenizer = HfChatTokenizer.load(model_path, spec.model.chat_template)
     corpus = load_corpus(spec, inputs, tokenizer, lambda done, total: None)
-    plan = plan_job(spec, corpus.profiles, profile_model(model_path, spec.model.base), find_device(_own_device())[1])
+    plan = plan_job(
+        spec,
+        corpus.profiles,
+        profile_model(model_path, spec.model.base),
+        find_device(own_devices(spec.parallel.devices)[0])[1],
+    )
     shown = {**plan.plan_event(), "learning_rate": plan.learning_rates(), "spec": plan.spec.model_dump(mode="json")}
     sys.stdout.write(json.dumps(shown, ensure_ascii=False, indent=1) + "\n")
     return 0

@@ -3,6 +3,9 @@
 Three witnesses: the trainer's outcome.json (its last act; none = it did not get there), the exit status, and what was
 asked of it. The order of belief is outcome.json, then our own deeds (a grace that ran out, a hang), then the status. An
 exit that nobody can explain is never a success.
+
+With several ranks the status is that of the rank that fell first. One exception to the order: where a signal ended that
+rank, an outcome.json of another, which only knows that its neighbour is gone, is hearsay.
 """
 
 import signal
@@ -38,7 +41,7 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Evidence:
-    returncode: int  # of the process: negative for a signal
+    returncode: int  # of the process, or of the rank that fell first: negative for a signal
     outcome: OutcomeFile | None
     has_end_event: bool
     has_result: bool
@@ -48,17 +51,25 @@ class Evidence:
     num_oom_kills: int  # by the kernel, on this host, while the trainer ran
     grace_s: float
     silence_s: float = 0.0  # before a hang was called one
+    stacks: str = ""  # where it hung, in a sentence
+    rank: int | None = None  # that fell first, where there are several
 
 
 def diagnose(evidence: Evidence) -> Diagnosis:  # noqa: PLR0911  one way out a kind of end, in order of belief
     exit_code = evidence.returncode if evidence.returncode >= 0 else 128 - evidence.returncode
     if evidence.deed == "stale":
         return _ended(Outcome.LOST, "lost", "exit.stale", exit_code=exit_code)
-    if evidence.outcome is not None:
+    if evidence.outcome is not None and not _is_hearsay(evidence, evidence.outcome):
         return _by_outcome(evidence, evidence.outcome)
     if evidence.deed == "hang":
         return _ended(
-            Outcome.LOST, "hang", "exit.hang", "exit.remedy_hang", exit_code, minutes=round(evidence.silence_s / 60, 1)
+            Outcome.LOST,
+            "hang",
+            "exit.hang",
+            "exit.remedy_hang",
+            exit_code,
+            minutes=round(evidence.silence_s / 60, 1),
+            stacks=evidence.stacks,
         )
     if evidence.wish != "run" and (evidence.deed == "grace" or -evidence.returncode in _FROM_OUTSIDE):
         outcome, reason = _as_wished(evidence.wish)
@@ -71,12 +82,28 @@ def diagnose(evidence: Evidence) -> Diagnosis:  # noqa: PLR0911  one way out a k
     return _ended(
         Outcome.FAILED,
         "internal",
-        "exit.unexplained",
+        _of_rank("exit.unexplained", evidence),
         "exit.remedy_log",
         exit_code,
         code=exit_code,
         log=_shown(evidence.log_tail),
+        **_rank_of(evidence),
     )
+
+
+def _is_hearsay(evidence: Evidence, outcome: OutcomeFile) -> bool:
+    """A rank was ended by a signal, and another wrote what came of that: an error, or a stop that nobody wished."""
+    if evidence.rank is None or evidence.returncode >= 0:
+        return False
+    return outcome.reason == "internal" or (outcome.code == STOPPED_WITH_CHECKPOINT and evidence.wish == "run")
+
+
+def _of_rank(code: str, evidence: Evidence) -> str:
+    return code if evidence.rank is None else f"{code}_rank"
+
+
+def _rank_of(evidence: Evidence) -> dict[str, Parameter]:
+    return {} if evidence.rank is None else {"rank": evidence.rank}
 
 
 def _by_outcome(evidence: Evidence, outcome: OutcomeFile) -> Diagnosis:
@@ -101,11 +128,12 @@ def _by_signal(evidence: Evidence, number: signal.Signals, exit_code: int) -> Di
         return _ended(
             Outcome.FAILED,
             "internal",
-            "exit.crashed",
+            _of_rank("exit.crashed", evidence),
             "exit.remedy_crashed",
             exit_code,
             signal=number.name,
             log=_shown(evidence.log_tail),
+            **_rank_of(evidence),
         )
     if number == signal.SIGKILL and evidence.num_oom_kills:
         return _ended(
@@ -116,7 +144,15 @@ def _by_signal(evidence: Evidence, number: signal.Signals, exit_code: int) -> Di
             exit_code,
             num_kills=evidence.num_oom_kills,
         )
-    return _ended(Outcome.LOST, "killed", "exit.killed", "exit.remedy_killed", exit_code, signal=number.name)
+    return _ended(
+        Outcome.LOST,
+        "killed",
+        _of_rank("exit.killed", evidence),
+        "exit.remedy_killed",
+        exit_code,
+        signal=number.name,
+        **_rank_of(evidence),
+    )
 
 
 def stopped_before_start(wish: Wish, *, is_stale: bool) -> Diagnosis:

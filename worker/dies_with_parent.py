@@ -15,12 +15,17 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def main(argv: list[str]) -> None:
-    parent, *command = argv
+def die_with(parent: int) -> None:
+    """This process is killed when its parent, of that pid, ends. Ends it at once where that has happened already."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != int(parent):
+    if os.getppid() != parent:
         sys.exit("the parent ended before its child began")
+
+
+def main(argv: list[str]) -> None:
+    parent, *command = argv
+    die_with(int(parent))
     os.execvp(command[0], command)  # noqa: S606  an argv list, no shell
 
 

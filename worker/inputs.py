@@ -4,7 +4,7 @@ Names are the server's, paths are ours: nothing that came over the network becom
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from core import wire
@@ -35,8 +35,8 @@ def fetch_data(
     try:
         path = fetch_blob(
             server,
-            settings.worker_dir / "blobs",
-            file,
+            settings.blobs_dir,
+            file.sha256,
             is_unwanted=is_unwanted,
             longest_back_off_s=settings.longest_back_off_s,
             on_progress=on_progress,
@@ -46,6 +46,36 @@ def fetch_data(
     except WrongBytes as error:
         raise UserError("worker.data_damaged", "data", dataset=file.dataset) from error
     return InputFile(dataset=file.dataset, path=str(path), sha256=file.sha256)
+
+
+def fetch_adapter(
+    settings: WorkerSettings,
+    server: Server,
+    folder: Path,
+    job: str,
+    files: Iterable[wire.AdapterFile],
+    *,
+    is_unwanted: Callable[[], bool],
+    on_progress: Callable[[int], None],
+) -> Path:
+    """Lays the adapter of `job` into `folder`: its files are links to this host's copies, under the names they need."""
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        try:
+            path = fetch_blob(
+                server,
+                settings.blobs_dir,
+                file.sha256,
+                is_unwanted=is_unwanted,
+                longest_back_off_s=settings.longest_back_off_s,
+                on_progress=on_progress,
+            )
+        except Unknown as error:
+            raise UserError("worker.adapter_gone", "model.adapter", job=job) from error
+        except WrongBytes as error:
+            raise UserError("worker.adapter_damaged", "model.adapter", job=job) from error
+        os.link(path, folder / file.name)
+    return folder
 
 
 def gather_inputs(
@@ -60,7 +90,8 @@ def gather_inputs(
 ) -> Inputs:
     """Raises UserError for what this host or the server lacks; `on_progress` gets bytes done and in all."""
     model = find_model(settings.model_roots, spec.model.base)
-    num_bytes, num_fetched = sum(file.bytes for file in assignment.data), 0
+    num_bytes = sum(file.bytes for file in assignment.data) + sum(file.bytes for file in assignment.adapter)
+    num_fetched = 0
 
     def count(new_bytes: int) -> None:
         nonlocal num_fetched
@@ -70,13 +101,25 @@ def gather_inputs(
     data = tuple(
         fetch_data(settings, server, file, is_unwanted=is_unwanted, on_progress=count) for file in assignment.data
     )
+    adapter = ""
+    if spec.model.adapter is not None:
+        if len(assignment.adapter) < len(wire.ADAPTER_FILES):
+            raise UserError("worker.adapter_gone", "model.adapter", job=spec.model.adapter)
+        folder = settings.attempt_dir(attempt) / "adapter"
+        job = spec.model.adapter
+        adapter = str(
+            fetch_adapter(settings, server, folder, job, assignment.adapter, is_unwanted=is_unwanted, on_progress=count)
+        )
     return Inputs(
         model_path=str(model),
         model_name=spec.model.base,
         data=data,
+        adapter_path=adapter,
         resume=tuple(map(str, _checkpoints(settings, attempt, assignment.resume_from))),
         devices=assignment.devices,
-        threads=_threads_per_rank(settings),
+        ranks=spec.parallel.devices,
+        cache_dir=str(settings.cache_dir),
+        threads=threads_per_rank(settings.num_devices or 1, assignment.devices, spec.parallel.devices),
     )
 
 
@@ -98,10 +141,11 @@ def _number(folder: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-def _threads_per_rank(settings: WorkerSettings) -> int:
-    """An equal share of this host's CPUs for each device, so that full hosts are not slowed down by their threads."""
-    num_cpus = len(os.sched_getaffinity(0))
-    return max(1, num_cpus // max(1, settings.num_devices or 1))
+def threads_per_rank(num_host_devices: int, devices: Sequence[str], num_ranks: int) -> int:
+    """An equal share of this host's CPUs for each of its devices, so that full hosts are not slowed down by their
+    threads; ranks that share a CPU slot share what falls to it."""
+    share = len(os.sched_getaffinity(0)) // num_host_devices
+    return max(1, share * len(devices) // num_ranks)
 
 
 def device_environment(devices: Iterable[str]) -> dict[str, str]:

@@ -8,7 +8,9 @@
     result/          trainer      the adapter or model; complete once outcome.json says 0
     outcome.json     trainer      `OutcomeFile`, its last act; none = it was killed
     report.json      trainer      what was planned beside what happened
-    trainer.log      supervisor   what the trainer printed
+    trainer.log      supervisor   what the trainer printed; with several ranks, what torchrun did
+    rank-<k>.log     trainer      what each of several ranks printed
+    adapter/         supervisor   the adapter to start from, where the spec names one
     journal.jsonl    supervisor   events and logs under the attempt's own seq
     supervisor.json  supervisor   who it is: attempt, fence, pid, start time, boot id; made before the claim, by a link
                                   that fails where one exists: who made it is the attempt's only supervisor
@@ -26,7 +28,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from core.events import FailureReason
 from core.states import Outcome
@@ -63,6 +65,8 @@ class Inputs(File):
     ranks: int = 1
     # Tokenised data by content, shared by the jobs of a host; "" = cache/ in the job directory.
     cache_dir: str = ""
+    # The folder of the adapter to start from, or "" to begin with a new one.
+    adapter_path: str = ""
     # CPU threads a rank; bit-for-bit resume depends on it. A checkpoint's own number wins on resume.
     threads: int = 1
 
@@ -72,6 +76,14 @@ class OutcomeFile(File):
     reason: FailureReason | None = None
     text: str = ""
     remedy: str = ""
+
+
+def read_outcome(directory: Path) -> OutcomeFile | None:
+    """None where the trainer did not get so far, or the file is none of ours."""
+    try:
+        return OutcomeFile.model_validate_json((directory / "outcome.json").read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
 
 
 class PrepareOrder(File):

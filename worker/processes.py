@@ -22,7 +22,7 @@ from core.wire import AttemptRef
 
 MARK = "PEGBOX_MARK"
 PR_SET_CHILD_SUBREAPER = 36
-_STATE, _START_TIME = 0, 19  # fields of /proc/<pid>/stat, counted after the command's name
+_STATE, _PARENT, _START_TIME = 0, 1, 19  # fields of /proc/<pid>/stat, counted after the command's name
 _PROC = Path("/proc")
 
 
@@ -34,10 +34,16 @@ class ProcessId(BaseModel):
     boot_id: str
 
     @classmethod
+    def of(cls, pid: int) -> Self | None:
+        """None for a process that is gone."""
+        start_time = _start_time(pid)
+        return None if start_time is None else cls(pid=pid, start_time=start_time, boot_id=boot_id())
+
+    @classmethod
     def current(cls) -> Self:
-        start_time = _start_time(os.getpid())
-        assert start_time is not None
-        return cls(pid=os.getpid(), start_time=start_time, boot_id=boot_id())
+        this = cls.of(os.getpid())
+        assert this is not None
+        return this
 
     def is_alive(self) -> bool:
         return self.boot_id == boot_id() and _start_time(self.pid) == self.start_time
@@ -63,7 +69,7 @@ def boot_id() -> str:
     return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
-def _start_time(pid: int) -> int | None:
+def _stat(pid: int) -> list[str] | None:
     """None for a process that is gone, or a zombie: it has ended and only waits to be reaped."""
     try:
         stat = (_PROC / str(pid) / "stat").read_text()
@@ -71,7 +77,12 @@ def _start_time(pid: int) -> int | None:
         return None
     # The name stands in brackets and may itself hold brackets and spaces.
     fields = stat[stat.rindex(")") + 2 :].split()
-    return None if fields[_STATE] in "ZX" else int(fields[_START_TIME])
+    return None if fields[_STATE] in "ZX" else fields
+
+
+def _start_time(pid: int) -> int | None:
+    fields = _stat(pid)
+    return None if fields is None else int(fields[_START_TIME])
 
 
 def mark_of(attempt: AttemptRef) -> str:
@@ -95,20 +106,39 @@ def _environment(pid: int) -> Sequence[bytes]:
         return ()
 
 
+def ranks_below(launcher: int, mark: str) -> dict[int, ProcessId]:
+    """The ranks that the process `launcher` has started so far, by their number.
+
+    RANK alone tells nothing: what a rank starts inherits it, so a rank is also a child of the launcher itself."""
+    ranks: dict[int, ProcessId] = {}
+    for pid in marked(mark):
+        process, fields = ProcessId.of(pid), _stat(pid)
+        number = next((entry for entry in _environment(pid) if entry.startswith(b"RANK=")), None)
+        if process is not None and fields is not None and int(fields[_PARENT]) == launcher and number is not None:
+            ranks[int(number.removeprefix(b"RANK="))] = process
+    return ranks
+
+
+def kill_marked(mark: str) -> list[int]:
+    """Sends KILL to whatever carries the mark; returns the pids that did."""
+    entry = f"{MARK}={mark}".encode()
+    found = marked(mark)
+    for pid in found:
+        with suppress(ProcessLookupError):
+            handle = os.pidfd_open(pid)
+            try:
+                # Looked at again through the handle: the pid may have gone to someone else since.
+                if entry in _environment(pid):
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+            finally:
+                os.close(handle)
+    return found
+
+
 def sweep(mark: str, *, timeout_s: float) -> list[int]:
     """Kills whatever carries the mark until nothing does; returns the pids that would not die in time."""
     deadline = time.monotonic() + timeout_s
-    entry = f"{MARK}={mark}".encode()
-    while left := marked(mark):
-        for pid in left:
-            with suppress(ProcessLookupError):
-                handle = os.pidfd_open(pid)
-                try:
-                    # Looked at again through the handle: the pid may have gone to someone else since.
-                    if entry in _environment(pid):
-                        signal.pidfd_send_signal(handle, signal.SIGKILL)
-                finally:
-                    os.close(handle)
+    while left := kill_marked(mark):
         if time.monotonic() > deadline:
             return left
         time.sleep(0.02)
@@ -139,7 +169,18 @@ _PASSED_ON = {
     "HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "LOGNAME", "MODELSCOPE_CACHE", "PATH", "REQUESTS_CA_BUNDLE", "SHELL",
     "SSL_CERT_DIR", "SSL_CERT_FILE", "TMPDIR", "TZ", "USER", "VIRTUAL_ENV", "CUDA_HOME", "CUDA_PATH",
 }  # fmt: skip
-_PASSED_ON_PREFIXES = ("HF_", "LC_", "NCCL_", "NVIDIA_", "PYTORCH_", "TORCH_", "TRANSFORMERS_", "TRITON_", "XDG_")
+_PASSED_ON_PREFIXES = (
+    "GLOO_",
+    "HF_",
+    "LC_",
+    "NCCL_",
+    "NVIDIA_",
+    "PYTORCH_",
+    "TORCH_",
+    "TRANSFORMERS_",
+    "TRITON_",
+    "XDG_",
+)
 _PROXIES = {"http_proxy", "https_proxy", "no_proxy", "all_proxy"}
 
 
@@ -147,6 +188,14 @@ _PROXIES = {"http_proxy", "https_proxy", "no_proxy", "all_proxy"}
 # times the CPU and 3.5 times the wall time of small matrix products (two threads on two shared cores), and where
 # nothing does it gains little.
 PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+_FOR_EVERY_TRAINER = {
+    # It runs in the job's directory and still finds this package, installed or not; nothing there is imported.
+    "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+    "PYTHONSAFEPATH": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONUTF8": "1",
+    **PATIENT_THREADS,
+}
 
 
 def child_environment(environ: Mapping[str, str], mark: str, **extra: str) -> dict[str, str]:
@@ -155,18 +204,13 @@ def child_environment(environ: Mapping[str, str], mark: str, **extra: str) -> di
         for name, value in environ.items()
         if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES) or name.lower() in _PROXIES
     }
-    # Children run in the job's directory and still find this package, installed or not; nothing there is imported.
-    package_root = str(Path(__file__).resolve().parent.parent)
-    return {
-        **passed,
-        "PYTHONPATH": package_root,
-        "PYTHONSAFEPATH": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONUTF8": "1",
-        **PATIENT_THREADS,
-        MARK: mark,
-        **extra,
-    }
+    return {**passed, **_FOR_EVERY_TRAINER, MARK: mark, **extra}
+
+
+def own_environment(environ: Mapping[str, str], mark: str, **extra: str) -> dict[str, str]:
+    """The same for a trainer that a person starts by hand, who may set whatever they like."""
+    paths = [_FOR_EVERY_TRAINER["PYTHONPATH"], *filter(None, [environ.get("PYTHONPATH")])]
+    return {**environ, **_FOR_EVERY_TRAINER, "PYTHONPATH": os.pathsep.join(paths), MARK: mark, **extra}
 
 
 def secrets_in(environment: Mapping[str, str]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from core import wire
 from worker.job_directory import write_atomically
 
+TRAINER_ARGV = (sys.executable, "-m", "worker.engine.train")
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -47,12 +48,16 @@ class WorkerSettings(BaseModel):
     poll_s: float = 0.05  # how often a supervisor looks for new events: the floor of their way to the browser
     journal_sync_s: float = 1.0
     gpu_sample_s: float = 10.0
-    # No event for this long, once steps have begun, is a hang; slow steps stretch it to 20 of their median.
+    # No event for this long while steps are made is a hang; slow steps stretch it to 20 of their median.
     hang_s: float = 600.0
+    # Neither event nor output for this long is one in every other phase. What may take its time there (a model read
+    # from a slow disk, a compiler, an evaluation) says nothing on the way; downloads and tokenising report progress.
+    quiet_hang_s: float = 3600.0
+    stack_wait_s: float = 3.0  # for the stacks of a hung trainer, before it is killed
     prepare_limit_s: float = 1800.0
     inventory_limit_s: float = 1800.0  # the first one hashes every model below the roots
 
-    trainer_argv: tuple[str, ...] = (sys.executable, "-m", "worker.engine.train")
+    trainer_argv: tuple[str, ...] = TRAINER_ARGV
     prepare_argv: tuple[str, ...] = (sys.executable, "-m", "worker.engine.prepare")
     inventory_argv: tuple[str, ...] = (sys.executable, "-m", "worker.engine.inventory")
 
@@ -81,6 +86,15 @@ class WorkerSettings(BaseModel):
     @property
     def worker_dir(self) -> Path:
         return self.data_dir / "worker"
+
+    @property
+    def blobs_dir(self) -> Path:
+        return self.worker_dir / "blobs"
+
+    @property
+    def cache_dir(self) -> Path:
+        """What one job works out and the next can use: tokenised data, by content."""
+        return self.worker_dir / "cache"
 
     def host_id(self) -> str:
         """A random id that stays with the data directory: checkpoints lie there, so that is what a host is."""

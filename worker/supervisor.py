@@ -18,6 +18,11 @@ their time-outs.
 says how it ended; the server is told (events, artifacts, finish), for as long as that takes; finished.json keeps its
 answer. Killed before exit.json, the attempt is `lost`; killed after it, the host agent finishes the telling.
 
+*A hang*: while steps are made, each must come within `hang_s` or 20 times the median; in every other phase (loading,
+compiling, evaluating: which may be silent for long) something must be heard within `quiet_hang_s`, be it an event or a
+byte of output from any rank. Then the ranks are asked for their stacks, which go into the log and into the sentence of
+the failure, and all is killed.
+
 *TERM* (from `worker.agent.preempt_all`) means that the host goes down in good order: the trainer writes a checkpoint,
 the attempt ends as preempted and the job goes back to the queue. A second TERM means: leave now; what is not told yet
 the next host agent tells.
@@ -36,8 +41,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from pydantic import ValidationError
-
 from core import wire
 from core.errors import USER_FAULTS, UserError
 from core.events import FailureReason
@@ -49,7 +52,7 @@ from worker.diagnosis import Deed, Diagnosis, Evidence, Wish, diagnose, num_oom_
 from worker.gpus import sample_gpus
 from worker.heart import Heart, Progress
 from worker.inputs import device_environment, gather_inputs
-from worker.job_directory import EXIT_CODES, ExitFile, Inputs, OutcomeFile, write_atomically, write_json
+from worker.job_directory import EXIT_CODES, ExitFile, Inputs, read_outcome, write_atomically, write_json
 from worker.journal import JOURNAL, Journal
 from worker.output import Throttle
 from worker.processes import (
@@ -64,7 +67,8 @@ from worker.processes import (
 from worker.relay import Relay
 from worker.server import Interrupted, Server, Stale, insist
 from worker.settings import WorkerSettings
-from worker.trainer import EVENTS, EventTail, Trainer, merge_events
+from worker.stacks import describe as describe_stacks
+from worker.trainer import EVENTS, EventTail, Line, Trainer, merge_events
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +91,10 @@ class Supervisor:
 
         self.throttle = Throttle()
         self.step_times_s: deque[float] = deque(maxlen=101)
+        self.phase = ""
         self.heard_at = time.monotonic()  # when the trainer last said something
+        self.stacks: dict[int, list[str]] = {}  # what each rank has printed since it was asked where it stands
+        self.stacks_due_at: float | None = None
         self.has_end_event = False
         self.has_failure_event = False
         self.deed: Deed = "none"
@@ -148,8 +155,9 @@ class Supervisor:
         environment = child_environment(
             os.environ, self.mark, OMP_NUM_THREADS=str(inputs.threads), **device_environment(inputs.devices)
         )
+        secrets = secrets_in(os.environ)
         try:
-            trainer = Trainer(self.settings.trainer_argv, self.directory, environment, secrets_in(os.environ))
+            trainer = Trainer(self.settings.trainer_argv, self.directory, environment, secrets, inputs.ranks)
         except OSError as error:
             fault = UserError("worker.start_failed", problem=str(error))
             return Diagnosis(Outcome.FAILED, "internal", str(fault), exit_code=EXIT_CODES["internal"])
@@ -169,23 +177,32 @@ class Supervisor:
             pass
         for line in trainer.read_rest():
             self._log(line)
+        outcome = read_outcome(self.directory)
+        if outcome is None:
+            for text in trainer.launcher_tail():
+                self._log(Line(0, text))
         self._tell_dropped(is_last=True)
         trainer.close()
+        if self.stacks_due_at is not None and self.deed == "none":
+            self.deed = "hang"  # it ended of the question, before it could answer
         if left:
             text = f"processes {left} of this attempt could not be killed and may still hold its devices"
             self.journal.append("warning", code="unkillable", text=text)
+        death = trainer.death()
         return diagnose(
             Evidence(
-                returncode=returncode,
-                outcome=_read_outcome(self.directory / "outcome.json"),
+                returncode=returncode if death is None else death.returncode,
+                rank=None if death is None else death.rank,
+                outcome=outcome,
                 has_end_event=self.has_end_event,
                 has_result=any((self.directory / RESULT).glob("*")),
                 wish=self._wish(),
                 deed=self.deed,
-                log_tail=tuple(trainer.lines.tail),
+                log_tail=trainer.last_words(death),
                 num_oom_kills=num_oom_kills() - oom_kills_before,
                 grace_s=self.settings.stop_grace_s,
                 silence_s=time.monotonic() - self.heard_at,
+                stacks=describe_stacks(self.stacks, inputs.ranks),
             )
         )
 
@@ -211,11 +228,13 @@ class Supervisor:
     # -- what comes from the trainer -------------------------------------------------------------------------------
     def _collect(self, trainer: Trainer, tail: EventTail) -> bool:
         """True if there was anything."""
-        seq_before = self.journal.last_seq
+        seq_before, num_bytes_before = self.journal.last_seq, trainer.num_bytes_read
         for kind, event in merge_events(tail, self.journal):
             self._note_event(kind, event)
         for line in trainer.read_lines():
             self._log(line)
+        if trainer.num_bytes_read > num_bytes_before and not self._makes_steps() and self.stacks_due_at is None:
+            self.heard_at = time.monotonic()
         self._tell_dropped()
         self._note_journal()
         return self.journal.last_seq > seq_before
@@ -223,6 +242,8 @@ class Supervisor:
     def _note_event(self, kind: str, event: dict[str, Any]) -> None:
         self.heard_at = time.monotonic()
         match kind:
+            case "phase":
+                self.phase = str(event.get("name"))
             case "step":
                 self.progress.step = int(event.get("step", 0))
                 self.step_times_s.append(float(event.get("step_s", 0.0)))
@@ -233,13 +254,15 @@ class Supervisor:
             case "failure":
                 self.has_failure_event = True
 
-    def _log(self, line: str) -> None:
+    def _log(self, line: Line) -> None:
+        if self.stacks_due_at is not None:
+            self.stacks.setdefault(line.rank, []).append(line.text)
         if self.throttle.admits():
-            self.journal.append("log", rank=0, level="info", text=line)
+            self.journal.append("log", rank=line.rank, level="info", text=line.text)
 
     def _tell_dropped(self, *, is_last: bool = False) -> None:
         if num_dropped := self.throttle.take_dropped(is_last=is_last):
-            text = f"dropped {num_dropped} lines of output that came too fast; trainer.log on the host has them all"
+            text = f"dropped {num_dropped} lines of output that came too fast; the host keeps them all in its logs"
             self.journal.append("log", rank=0, level="warning", text=text)
 
     def _note_journal(self) -> None:
@@ -290,34 +313,45 @@ class Supervisor:
 
     def _steer(self, trainer: Trainer) -> None:
         now = time.monotonic()
+        orders = self.heart.orders
         if self.heart.is_stale:
             self._kill(trainer, "stale")
-        elif self.kill_at is None and self._wish() != "run":
-            trainer.send(signal.SIGTERM)
-            self.kill_at = now + self.settings.stop_grace_s
         elif self.kill_at is not None and (now >= self.kill_at or self.num_terms > 1):
             self._kill(trainer, "grace")
-        elif self.step_times_s and now - self.heard_at > self._patience_s():
+        elif self._wish() != "run":
+            self.kill_at = self.kill_at or now + self.settings.stop_grace_s
+            self.stacks_due_at = None
+            trainer.ask_to_stop()
+        elif now - self.heard_at > self._patience_s():
+            self._question(trainer, now)
+        else:
+            self.stacks_due_at = None
+            self.stacks.clear()
+            if self.step_times_s and orders and orders.checkpoint_request > self.checkpoints_asked:
+                # Only once it makes steps: before that, the signal would find no handler and end it.
+                self.checkpoints_asked = orders.checkpoint_request
+                trainer.send(signal.SIGUSR1)
+
+    def _question(self, trainer: Trainer, now: float) -> None:
+        """A silent trainer is asked where it stands, and killed when it has had the time to say so."""
+        if self.stacks_due_at is None:
+            self.stacks_due_at = now + self.settings.stack_wait_s
+            trainer.send(signal.SIGUSR2)
+        elif now >= self.stacks_due_at:
             self._kill(trainer, "hang")
-        elif self.step_times_s and self.heart.orders and self.heart.orders.checkpoint_request > self.checkpoints_asked:
-            # Only once it makes steps: before that, the signal would find no handler and end it.
-            self.checkpoints_asked = self.heart.orders.checkpoint_request
-            trainer.send(signal.SIGUSR1)
 
     def _kill(self, trainer: Trainer, deed: Deed) -> None:
         if self.deed == "none":
             self.deed = deed
-        trainer.send(signal.SIGKILL)
+        trainer.kill()
+
+    def _makes_steps(self) -> bool:
+        return self.phase == "train" and bool(self.step_times_s)
 
     def _patience_s(self) -> float:
-        return max(self.settings.hang_s, 20 * statistics.median(self.step_times_s))
-
-
-def _read_outcome(path: Path) -> OutcomeFile | None:
-    try:
-        return OutcomeFile.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
-        return None
+        if self._makes_steps():
+            return max(self.settings.hang_s, 20 * statistics.median(self.step_times_s))
+        return self.settings.quiet_hang_s
 
 
 # -- becoming a supervisor -----------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """A job spec becomes a job in the queue.
 
 Everything that the server can know is settled here, once: the spec is parsed, what this release lacks is refused, the
-base model is one that a host has, and each data set becomes `NAME@VERSION` in the stored spec. So a version uploaded
-while the job waits, or before it is resumed, retried or cloned, does not change what it learns from.
+base model is one that a host has, the adapter to start from is there, and each data set becomes `NAME@VERSION` in the
+stored spec. So a version uploaded while the job waits, or before it is resumed, retried or cloned, does not change what
+it learns from.
 """
 
 import hashlib
@@ -16,10 +17,11 @@ from sqlmodel import Session
 from app.datasets.references import find_version, references
 from app.datasets.store import VERSION_DIGITS
 from app.ids import new_id
+from app.jobs.adapters import require_adapter
 from app.jobs.moves import enter
 from app.models import resolve_model
 from app.tables import Job
-from core.errors import N_, UserError, UserErrors
+from core.errors import UserError, UserErrors
 from core.presets import refuse_above_context
 from core.spec import JobSpec, ValidationDataset, job_name, parse_spec
 from core.states import JobState
@@ -72,8 +74,8 @@ def insert_job(
 
 
 def settle(session: Session, spec: JobSpec) -> JobSpec:
-    """The spec with its data sets pinned to versions. Raises UserErrors on a model or data that isn't there, and
-    on a length that the model can't take."""
+    """The spec with its data sets pinned to versions. Raises UserErrors on a model, adapter or data that isn't there,
+    and on a length that the model can't take."""
     faults: list[UserError] = []
     pinned: dict[str, str] = {}
     try:
@@ -83,9 +85,10 @@ def settle(session: Session, spec: JobSpec) -> JobSpec:
     except UserError as fault:
         faults.append(fault)
     if spec.model.adapter is not None:
-        # `pegbox train` takes a folder; over the network a folder of a host is nobody's to name.
-        remedy = N_("leave it empty, or start from the adapter with pegbox train on the host itself")
-        faults.append(UserError("spec.not_built", "model.adapter", value=spec.model.adapter, remedy=remedy))
+        try:
+            require_adapter(session, spec.model.adapter)
+        except UserError as fault:
+            faults.append(fault)
     for field, reference in references(spec):
         try:
             found = find_version(session, reference, field)

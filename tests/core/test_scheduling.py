@@ -11,8 +11,8 @@ from core.scheduling import Assigned, HostOffer, QueuedJob, Waiting, assign
 MODELS = ["small", "large"]
 
 
-def job(name, num_devices=1, *, priority=0, at=0.0, model="small", **more):
-    return QueuedJob(name, priority, at, num_devices, model, **more)
+def job(name, num_ranks=1, *, priority=0, at=0.0, model="small", **more):
+    return QueuedJob(name, priority, at, num_ranks, model, **more)
 
 
 def host(name, total, free=None, *, kind="gpu", models=("small",), **more):
@@ -59,6 +59,7 @@ def queues(draw):
                 draw(st.integers(0, total)),
                 kind=draw(st.sampled_from(["gpu", "cpu_slot"])),
                 models=draw(st.sets(st.sampled_from(MODELS))),
+                num_cpus=draw(st.integers(1, 4)),
                 features=draw(st.sampled_from([frozenset(), frozenset({"bf16"})])),
                 reaches_hub=draw(st.booleans()),
                 accepts=draw(st.sampled_from([True, True, False])),
@@ -71,12 +72,15 @@ def queues(draw):
 def test_no_device_is_given_twice_and_none_that_is_not_free(queue):
     jobs, hosts = queue
     offers = {offer.id: offer for offer in hosts}
-    wanted = {queued.id: queued.num_devices for queued in jobs}
+    wanted = {queued.id: queued.num_ranks for queued in jobs}
     given_out = Counter()
     for decision in assign(jobs, hosts):
         if isinstance(decision, Assigned):
-            assert len(decision.devices) == wanted[decision.job_id]
-            assert set(decision.devices) <= set(offers[decision.host_id].free_devices)
+            offer = offers[decision.host_id]
+            is_gpu = offer.device_kind == "gpu"
+            assert len(decision.devices) == (wanted[decision.job_id] if is_gpu else 1), "ranks share a CPU slot"
+            assert is_gpu or wanted[decision.job_id] <= offer.num_cpus
+            assert set(decision.devices) <= set(offer.free_devices)
             given_out.update(decision.devices)
     assert not given_out or max(given_out.values()) == 1
 
@@ -167,6 +171,30 @@ def test_a_higher_priority_takes_even_what_is_kept():
     assert placed(assign(jobs, [host("a", 4, free=3)])) == {"urgent": "id-a"}
 
 
+def test_ranks_on_a_cpu_share_one_slot():
+    decisions = assign([job("pair", 2), job("next", at=1.0)], [host("h", 2, kind="cpu_slot", num_cpus=4)])
+    assert [decision.devices for decision in decisions] == [("h:0",), ("h:1",)]
+
+
+def test_more_ranks_than_a_host_has_cpus_do_not_run_there():
+    decisions = assign([job("four", 4)], [host("a", 2, kind="cpu_slot", num_cpus=2), host("b", 3)])
+    assert reason(decisions, "four") == "asks for 4 devices, the largest host that could run it has 3"
+
+
+def test_a_free_gpu_is_taken_before_a_cpu_slot_however_tight():
+    hosts = [host("cpu", 1, kind="cpu_slot", num_cpus=8), host("gpu", 8)]
+    assert placed(assign([job("j", 4)], hosts)) == {"j": "id-gpu"}
+    assert placed(assign([job("j", 4)], hosts[:1])) == {"j": "id-cpu"}
+
+
+def test_the_host_that_lacks_the_fewest_counts_slots_and_gpus_by_what_the_job_needs_there():
+    """Four ranks lack three GPUs on one host, and one slot on the other, although fewer devices are free there."""
+    jobs = [job("four", 4), job("small", at=1.0)]
+    decisions = assign(jobs, [host("gpus", 4, free=1), host("slots", 1, free=0, kind="cpu_slot", num_cpus=8)])
+    assert placed(decisions) == {"small": "id-gpus"}
+    assert reason(decisions, "four") == "waits for 4 free devices on one host: 4 of 5 on 2 hosts are busy"
+
+
 def test_two_big_jobs_keep_a_host_each():
     jobs = [job("first", 2), job("second", 2, at=1.0), job("small", at=2.0)]
     decisions = assign(jobs, [host("a", 2, free=1), host("b", 2, free=1)])
@@ -185,6 +213,11 @@ def test_two_big_jobs_keep_a_host_each():
         (
             job("j"),
             [host("host-a", 2, free=0, kind="cpu_slot")],
+            "waits for a free device: 2 of 2 CPU slots on host-a are busy",
+        ),
+        (
+            job("j", 2),
+            [host("host-a", 2, free=0, kind="cpu_slot", num_cpus=2)],
             "waits for a free device: 2 of 2 CPU slots on host-a are busy",
         ),
         (job("j"), [host("h", 8, free=0)], "waits for a free device: 8 of 8 GPUs on h are busy"),

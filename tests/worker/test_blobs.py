@@ -20,7 +20,7 @@ def server(host: Host) -> Iterator[Server]:
 
 
 def fetch(server: Server, folder: Path, file: DataFile) -> Path:
-    return fetch_blob(server, folder, file, is_unwanted=lambda: False, longest_back_off_s=0.1)
+    return fetch_blob(server, folder, file.sha256, is_unwanted=lambda: False, longest_back_off_s=0.1)
 
 
 def test_a_file_is_fetched_once(host: Host, server: Server, tmp_path: Path) -> None:
@@ -84,4 +84,4 @@ def test_waiting_for_a_server_that_is_away_ends_when_the_job_is_cancelled(
     host.ledger.stop()
     answers = iter([False, False, False, True])
     with pytest.raises(Interrupted):
-        fetch_blob(server, tmp_path, file, is_unwanted=lambda: next(answers, True), longest_back_off_s=0.1)
+        fetch_blob(server, tmp_path, file.sha256, is_unwanted=lambda: next(answers, True), longest_back_off_s=0.1)

@@ -33,7 +33,7 @@ def inputs_of(directory: Path) -> Inputs:
 def test_a_new_directory_holds_the_spec_and_where_everything_lies(
     spec: JobSpec, model_root: Path, tmp_path: Path
 ) -> None:
-    prepared = prepare_directory(spec, tmp_path / "out", (model_root,), fresh=False)
+    prepared = prepare_directory(spec, tmp_path / "out", (model_root,), tmp_path / "cache", fresh=False)
     assert not prepared.is_finished
     inputs = inputs_of(prepared.directory)
     assert inputs.model_path == str(model_root / "team" / "tiny") and inputs.resume == ()
@@ -42,21 +42,21 @@ def test_a_new_directory_holds_the_spec_and_where_everything_lies(
 
 
 def test_the_same_spec_goes_on_from_its_newest_checkpoint(spec: JobSpec, model_root: Path, tmp_path: Path) -> None:
-    out = prepare_directory(spec, tmp_path / "out", (model_root,), fresh=False).directory
+    out = prepare_directory(spec, tmp_path / "out", (model_root,), tmp_path / "cache", fresh=False).directory
     for step in (9, 10, 100):
         (out / "checkpoints" / f"step-{step}").mkdir(parents=True)
-    prepare_directory(spec, out, (model_root,), fresh=False)
+    prepare_directory(spec, out, (model_root,), tmp_path / "cache", fresh=False)
     assert [Path(path).name for path in inputs_of(out).resume] == ["step-100", "step-10", "step-9"]
 
 
 def test_another_spec_is_refused_and_fresh_starts_over(spec: JobSpec, model_root: Path, tmp_path: Path) -> None:
-    out = prepare_directory(spec, tmp_path / "out", (model_root,), fresh=False).directory
+    out = prepare_directory(spec, tmp_path / "out", (model_root,), tmp_path / "cache", fresh=False).directory
     (out / "checkpoints" / "step-5").mkdir(parents=True)
     other = spec.model_copy(update={"seed": 7})
     with pytest.raises(UserError, match="begun with another spec"):
-        prepare_directory(other, out, (model_root,), fresh=False)
+        prepare_directory(other, out, (model_root,), tmp_path / "cache", fresh=False)
     assert (out / "checkpoints" / "step-5").exists()
-    prepare_directory(other, out, (model_root,), fresh=True)
+    prepare_directory(other, out, (model_root,), tmp_path / "cache", fresh=True)
     assert not (out / "checkpoints").exists()
 
 
@@ -65,17 +65,19 @@ def test_a_folder_of_somebody_else_is_left_alone(spec: JobSpec, model_root: Path
     (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
     for fresh in (False, True):
         with pytest.raises(UserError, match="not a fine-tune's"):
-            prepare_directory(spec, tmp_path / "thesis", (model_root,), fresh=fresh)
+            prepare_directory(spec, tmp_path / "thesis", (model_root,), tmp_path / "cache", fresh=fresh)
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "precious"
 
 
 def test_a_finished_directory_is_found_finished(spec: JobSpec, model_root: Path, tmp_path: Path) -> None:
-    out = prepare_directory(spec, tmp_path / "out", (model_root,), fresh=False).directory
+    out = prepare_directory(spec, tmp_path / "out", (model_root,), tmp_path / "cache", fresh=False).directory
     write_json(out / "outcome.json", OutcomeFile(code=0))
-    assert not prepare_directory(spec, out, (model_root,), fresh=False).is_finished, "there is no result"
+    assert not prepare_directory(spec, out, (model_root,), tmp_path / "cache", fresh=False).is_finished, (
+        "there is no result"
+    )
     write_json(out / "outcome.json", OutcomeFile(code=0))
     (out / "result").mkdir()
-    assert prepare_directory(spec, out, (model_root,), fresh=False).is_finished
+    assert prepare_directory(spec, out, (model_root,), tmp_path / "cache", fresh=False).is_finished
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_what_is_missing_is_named(
 ) -> None:
     wrong = parse_spec({**spec.model_dump(mode="json"), **update})
     with pytest.raises(UserError, match=words) as caught:
-        prepare_directory(wrong, tmp_path / "out", (model_root,), fresh=False)
+        prepare_directory(wrong, tmp_path / "out", (model_root,), tmp_path / "cache", fresh=False)
     assert caught.value.field == field
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +14,12 @@ import pytest
 
 from core.states import Outcome
 from tests.worker.conftest import Host
-from tests.worker.ledger import Ledger, wait_until
+from tests.worker.ledger import Ledger, LedgerAttempt, wait_until
 from worker import tasks
 from worker.adoption import live_attempts, unfinished_attempts
 from worker.agent import preempt_all
 from worker.delivery import EXIT, FINISHED
-from worker.job_directory import ExitFile
+from worker.job_directory import ExitFile, Inputs
 from worker.processes import mark_of, marked
 
 
@@ -267,6 +268,99 @@ def test_a_silent_trainer_is_killed_as_hung(make_host: Callable[..., Host], ledg
     assert entry.finish.outcome == Outcome.LOST
     assert entry.finish.reason == "hang"
     assert entry.steps() == [1, 2, 3]
+    assert re.search(r"it stood in misbehave \(script_trainer.py:\d+\), called by main", entry.finish.text)
+    assert any("in misbehave" in log["text"] for log in entry.of_kind("log")), "the whole stack is in the log"
+
+
+def test_a_hang_before_the_first_step_has_a_patience_of_its_own(make_host: Callable[..., Host], ledger: Ledger) -> None:
+    host = make_host(ledger, quiet_hang_s=3.0)
+    entry, _ = host.start("at=0 then=hang")
+    host.wait_for_finish(entry)
+    assert (entry.finish.outcome, entry.finish.reason) == (Outcome.LOST, "hang")
+    assert entry.of_kind("phase")[-1]["name"] == "load_model" and not entry.steps()
+
+
+def test_output_is_a_sign_of_life_only_while_no_steps_are_made(make_host: Callable[..., Host], ledger: Ledger) -> None:
+    host = make_host(ledger, hang_s=1.0, quiet_hang_s=3.0)
+    # Chatting for longer than either patience before the first step, and then for ever after the third.
+    entry, _ = host.start("chat=4 at=3 then=chat")
+    host.wait_for_finish(entry)
+    assert entry.finish.reason == "hang"
+    assert entry.steps() == [1, 2, 3]
+    assert "in misbehave" in entry.finish.text
+
+
+def with_two_ranks(host: Host, notes: str) -> tuple[LedgerAttempt, Path]:
+    entry = host.dispatch(notes)
+    entry.spec["parallel"] = {"devices": 2}
+    return entry, host.launch(entry)
+
+
+def texts_of(entry: LedgerAttempt, rank: int) -> list[str]:
+    return [log["text"] for log in entry.of_kind("log") if log["rank"] == rank]
+
+
+def test_ranks_share_a_slot_print_each_and_are_told_all(host: Host) -> None:
+    entry, directory = with_two_ranks(host, "steps=100000")
+    wait_until(entry.steps)
+    assert len(marked(mark_of(entry.ref))) == 3, "torchrun and two ranks"
+    inputs = Inputs.model_validate_json((directory / "inputs.json").read_bytes())
+    assert (inputs.ranks, inputs.devices) == (2, ("cpu0",))
+    assert inputs.cache_dir == str(host.settings.cache_dir)
+    environment = json.loads((directory / "environ.json").read_text())
+    assert environment["OMP_NUM_THREADS"] == str(inputs.threads)
+    entry.checkpoint_request = 1
+    wait_until(lambda: len(texts_of(entry, 0)) > 1 and len(texts_of(entry, 1)) > 1)
+    entry.desired = "stop"
+    host.wait_for_finish(entry)
+    assert (entry.finish.outcome, entry.finish.exit_code) == (Outcome.STOPPED, 75)
+    assert len(entry.of_kind("checkpoint")) == 2
+    for rank in (0, 1):
+        texts = texts_of(entry, rank)
+        assert texts[0] == f"rank {rank} begins" and len(texts) == 3, "begun, a checkpoint asked for, and the last"
+        assert all(text.startswith(f"rank {rank} saves") for text in texts[1:])
+    assert "ChildFailedError" in (directory / "trainer.log").read_text(), "torchrun's own words stay on the host"
+
+
+def test_one_killed_rank_ends_all_and_is_named(host: Host) -> None:
+    entry, directory = with_two_ranks(host, "steps=100000 at=2 then=grandchild")
+    wait_until(lambda: len(entry.steps()) > 3)
+    assert len(marked(mark_of(entry.ref))) == 4, "torchrun, two ranks and a grandchild, which has RANK set, too"
+    os.kill(int((directory / "pid-1").read_text()), signal.SIGKILL)
+    host.wait_for_finish(entry)
+    assert json.loads((directory / "outcome.json").read_text())["code"] == 75, "rank 0 took torchrun's TERM for a stop"
+    assert (entry.finish.outcome, entry.finish.reason, entry.finish.exit_code) == (Outcome.LOST, "killed", 137)
+    assert "rank 1 was ended by SIGKILL" in entry.finish.text
+    assert marked(mark_of(entry.ref)) == []
+
+
+def test_ranks_die_with_their_supervisor_by_the_kernels_hand(host: Host) -> None:
+    entry, directory = with_two_ranks(host, "steps=100000")
+    wait_until(entry.steps)
+    assert (directory / "pid-1").exists() and len(marked(mark_of(entry.ref))) == 3
+    os.kill(host.supervisor_pid(), signal.SIGKILL)
+    wait_until(lambda: not marked(mark_of(entry.ref)))
+    assert host.adopt() == "lost"
+
+
+def test_a_stop_before_there_are_ranks_ends_early(host: Host) -> None:
+    entry, directory = with_two_ranks(host, "steps=100000")
+    wait_until((directory / "trainer.log").exists)  # torchrun is at its imports
+    entry.desired = "stop"
+    host.wait_for_finish(entry)
+    assert (entry.finish.outcome, entry.finish.reason) == (Outcome.STOPPED, "stopped")
+    assert not entry.steps(), "it was told before it began"
+    assert "before the trainer was ready" in entry.finish.text
+
+
+def test_where_each_rank_hangs_is_told(make_host: Callable[..., Host], ledger: Ledger) -> None:
+    host = make_host(ledger, hang_s=1.0)
+    entry, _ = with_two_ranks(host, "steps=100000 at=3 then=hang")
+    host.wait_for_finish(entry)
+    assert (entry.finish.outcome, entry.finish.reason) == (Outcome.LOST, "hang")
+    assert re.search(r"rank 0 stood in misbehave .*; rank 1 stood in main ", entry.finish.text)
+    assert any("in misbehave" in text for text in texts_of(entry, 0))
+    assert any("in main" in text for text in texts_of(entry, 1))
 
 
 def test_a_spec_with_an_unknown_key_fails_before_anything_starts(host: Host) -> None:

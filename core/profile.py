@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaH
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
+from core.architecture import Architecture
+
 MAX_COLUMN_BYTES = 2**28  # what a column may unpack to: 32 million numbers of 8 bytes
 ZLIB_LEVEL = 1  # 6 takes two to eight times as long and saves 1 %
 
@@ -196,3 +198,4 @@ class ModelProfile(Facts):
     dtype: str
     has_chat_template: bool
     bytes: int
+    shape: Architecture | None = None  # not in profiles of a release that didn't measure it

@@ -492,7 +492,10 @@ class Schedule(Part):
 
 class Optimizer(Part):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = knob(
-        "adamw", "Optimizer", N_("AdamW; 8-bit states need a quarter of the memory."), group="Schedule and optimizer"
+        "adamw",
+        "Optimizer",
+        N_("AdamW. 8-bit moments take a quarter of the memory; paged ones move to the host when a GPU is full."),
+        group="Schedule and optimizer",
     )
     weight_decay: Annotated[Real, Field(ge=0, le=10)] = knob(
         0.0, "Weight decay", N_("Pulls weights to 0 at each step."), group="Schedule and optimizer", advanced=True
@@ -658,6 +661,10 @@ def _cross_field_faults(spec: JobSpec) -> Iterator[UserError]:
         )
     elif packing.algorithm == "wrapped" and not isinstance(spec.batch, BatchByRows):
         yield UserError("spec.wrapped_needs_rows", "packing.algorithm", given=f"batch.{batch_key(spec.batch)}")
+    if spec.optimizer.name != "adamw" and spec.parallel.offload not in ("auto", "none"):
+        yield UserError(
+            "spec.offload_needs_adamw", "optimizer.name", name=spec.optimizer.name, offload=spec.parallel.offload
+        )
     if schedule.warmup_steps and schedule.max_steps is not None and schedule.warmup_steps >= schedule.max_steps:
         yield UserError(
             "spec.warmup_longer_than_run",

@@ -11,17 +11,23 @@ so counts once.
 
 import hashlib
 import json
+import logging
 import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import AutoConfig
 
+from core.architecture import TensorHeader, read_architecture
 from core.errors import UserError
 from core.profile import ModelProfile
 from worker.job_directory import write_atomically
+
+log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -121,23 +127,34 @@ def profile_model(path: Path, name: str, cache: HashCache | None = None) -> Mode
     weights = sorted(path.glob("*.safetensors"))
     config = _read_config(path)
     _refuse_code(path, name, config, has_weights=bool(weights))
-    headers = [_read_header(file) for file in weights]
-    tensors = {tensor: entry for header in headers for tensor, entry in header.items() if tensor != "__metadata__"}
-    # Of a vision model, the language model's config stands in a part of its own.
-    text_config = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    assert isinstance(text_config, dict)
+    tensors = {tensor: entry for file in weights for tensor, entry in _read_header(file).items()}
+    text_config = _text_config(config)
+    shape = read_architecture(text_config, tensors)
     architectures = config.get("architectures")
     return ModelProfile(
         name=name,
         content_hash=_content_hash(path, cache or HashCache()),
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
-        num_parameters=sum(math.prod(entry["shape"]) for entry in tensors.values()),
+        num_parameters=shape.parameters.total,
         context_length=_context_length(name, text_config),
         vocabulary=_whole_number(name, text_config, "vocab_size"),
         dtype=_dtype(tensors),
         has_chat_template=_has_chat_template(path),
         bytes=sum(file.stat().st_size for file in weights),
+        shape=shape,
     )
+
+
+def _text_config(config: dict[str, object]) -> dict[str, object]:
+    """The language model's part of a config, which in a vision model stands by itself. Where transformers knows the
+    class, with what files leave out because the class has it as its default."""
+    try:
+        filled: dict[str, object] = AutoConfig.for_model(**config).get_text_config().to_dict()
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as problem:
+        log.info("transformers does not read the config of a %s: %s", config.get("model_type"), problem)
+        part = config.get("text_config")
+        return part if isinstance(part, dict) else config
+    return filled
 
 
 def _refuse_code(path: Path, name: str, config: dict[str, object], *, has_weights: bool) -> None:
@@ -164,8 +181,8 @@ def _read_config(path: Path) -> dict[str, object]:
     return config
 
 
-def _read_header(file: Path) -> dict[str, dict[str, list[int]]]:
-    """Name -> dtype, shape, offsets: 8 bytes of length, little-endian, then JSON (safetensors' own format)."""
+def _read_header(file: Path) -> dict[str, TensorHeader]:
+    """8 bytes of length, little-endian, then JSON (safetensors' own format)."""
     with file.open("rb") as content:
         prefix = content.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
@@ -176,16 +193,11 @@ def _read_header(file: Path) -> dict[str, dict[str, list[int]]]:
         header = json.loads(text)
     except ValueError as error:
         raise UserError("model.broken_file", "model.base", file=file.name, problem=str(error)) from error
-    if not isinstance(header, dict) or not all(_is_tensor(name, entry) for name, entry in header.items()):
-        raise UserError("model.broken_file", "model.base", file=file.name, problem="its header names no tensors")
-    return header
-
-
-def _is_tensor(name: str, entry: object) -> bool:
-    if name == "__metadata__":
-        return True
-    shape = entry.get("shape") if isinstance(entry, dict) else None
-    return isinstance(shape, list) and all(isinstance(size, int) and size >= 0 for size in shape)
+    try:
+        return {name: TensorHeader.model_validate(entry) for name, entry in header.items() if name != "__metadata__"}
+    except (AttributeError, ValidationError) as error:
+        problem = "its header names no tensors"
+        raise UserError("model.broken_file", "model.base", file=file.name, problem=problem) from error
 
 
 def _content_hash(path: Path, cache: HashCache) -> str:
@@ -209,12 +221,11 @@ def _whole_number(name: str, config: dict[str, object], key: str) -> int:
     return value
 
 
-def _dtype(tensors: dict[str, dict[str, list[int]]]) -> str:
+def _dtype(tensors: dict[str, TensorHeader]) -> str:
     """The type that holds the most values."""
     sizes: dict[str, int] = {}
-    for entry in tensors.values():
-        kind = str(entry.get("dtype"))
-        sizes[kind] = sizes.get(kind, 0) + math.prod(entry["shape"])
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
     largest = max(sizes, key=lambda kind: sizes[kind], default="")
     return TORCH_NAMES.get(largest, largest.lower())
 

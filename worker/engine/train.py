@@ -50,7 +50,7 @@ from worker.engine.loading import load_model
 from worker.engine.loss import backward
 from worker.engine.model import LanguageModel
 from worker.engine.models import profile_model
-from worker.engine.optimizer import make_optimizer
+from worker.engine.optimizer import hold_states, make_optimizer
 from worker.engine.probe import leaks, measure_leak
 from worker.engine.records import SampleRecords
 from worker.engine.result import Facts, end_of_turn, save_result, stop_ids
@@ -111,7 +111,7 @@ class Ready:
 
     plan: JobPlan
     model: LanguageModel
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     corpus: Corpus
     tokenizer: HfChatTokenizer
     ends: list[int]  # tokens that end a text
@@ -186,7 +186,7 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
 
     trained_end = end_of_turn(corpus, plan.selection.train, tokenizer.tokenizer)
     ends = stop_ids(model, tokenizer.tokenizer, trained_end)
-    optimizer = make_optimizer(model.trainable(), plan.spec, device)
+    optimizer = make_optimizer(model.trainable(), plan.spec, device, emitter.warn)
     ready = Ready(plan, model, optimizer, corpus, tokenizer, ends, profile.context_length, threads)
     if resumed:
         resume(run, ready, *resumed)
@@ -380,8 +380,7 @@ def try_largest_batch(ready: Ready) -> None:
     """Forward and backward over the largest micro-batch, with room held for AdamW's moments; leaves no trace."""
     state = checkpoint.rng_state()
     model, optimizer = ready.model, ready.optimizer
-    moments_each = 0 if optimizer.state else 2
-    held = [torch.empty_like(weight) for weight in model.trainable().values() for _ in range(moments_each)]
+    held = None if optimizer.state else hold_states(model.trainable(), ready.spec, model.device)
     batch = make_batch(ready.plan.largest_micro_batch(), ready.corpus)
     backward(model, batch.to(model.device), batch.num_targets)
     if model.device.type == "cuda":

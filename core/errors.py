@@ -95,7 +95,15 @@ TEXTS: dict[str, str] = {
         "the data was measured by an earlier release, which did not note where its trained tokens lie, so it cannot be "
         "cut; upload it again, or choose drop and best_fit"
     ),
+    "plan.no_runs": N_(
+        "the data was measured by an earlier release, which did not note where its trained tokens lie, so it cannot be "
+        "cut; upload it again, or choose drop and best_fit"
+    ),
     "plan.no_samples": N_("no sample is left to train on: of {rows} rows, {reasons}"),
+    "plan.wrapped_to_nothing": N_(
+        "wrapped into rows of {row_length} tokens every trained token comes first in its piece, where nothing predicts "
+        "it; choose packing.algorithm best_fit, or raise packing.row_length"
+    ),
     "plan.wrapped_to_nothing": N_(
         "wrapped into rows of {row_length} tokens every trained token comes first in its piece, where nothing predicts "
         "it; choose packing.algorithm best_fit, or raise packing.row_length"

@@ -1,17 +1,20 @@
-"""Lengths in, layout out: which samples an optimizer step learns from, and how they lie in rows.
+"""Lengths in, steps out: how samples fill rows, and which of them an optimizer step learns from.
 
 Two questions are kept apart. *Which samples make a step* is the optimisation: `plan_run` and `plan_epoch` answer it
-from the seed alone. *How they lie in memory* is only cost: `lay_out` puts one step's samples into rows, micro-batches
-and ranks, and neither loss nor gradient may notice. By samples or by tokens, the steps are therefore equal for every
-mode, row length, micro-batch and number of ranks. By rows, the classic, a step is so many rows of an epoch that was
-packed as a whole, and then the layout does decide which samples meet in a step; that is its nature, and why it is not
-the default.
+from the seed alone. *How they lie in memory* is only cost (core.layout), and neither loss nor gradient may notice. By
+samples or by tokens, the steps are therefore equal for every mode, row length, micro-batch and number of ranks. By
+rows, the classic, a step is so many rows of an epoch that was packed as a whole, and then the rows do decide which
+samples meet in a step; that is its nature, and why it is not the default.
 
-Packing is decreasing best fit, but decided on the histogram of lengths. Bins that hold the same lengths stay one group
-with a count; a length that occurs n times is placed into groups in one stroke. What is decided depends on how many
-lengths differ, not on how many samples there are; numpy then deals the samples out. The result is what
-decreasing best fit gives sample by sample: a bin chosen as the fullest that still takes the length keeps being the
-fullest until it can take no more of that length.
+Rows are filled in one of three ways. `best_fit` is decreasing best fit, but decided on the histogram of lengths. Bins
+that hold the same lengths stay one group with a count; a length that occurs n times is placed into groups in one
+stroke. What is decided depends on how many lengths differ, not on how many samples there are; numpy then deals the
+samples out. The result is what decreasing best fit gives sample by sample: a bin chosen as the fullest that still takes
+the length keeps being the fullest until it can take no more of that length. `next_fit` (sequential) keeps the order and
+closes a row when the next sample doesn't fit. `wrap` (wrapped) fills every row to the brim and cuts samples to do so.
+
+What is packed here are lengths; a *position* says the how manieth of them. What lies behind a position, a whole sample
+or what was left of one, is core.selection's business.
 
 Everything here is pure. Draws come from PCG64 seeded by (seed, epoch), as raw 64-bit words whose stream numpy
 guarantees for ever (it does not for `Generator.permutation`), so a job that resumes under a newer numpy finds its order
@@ -19,12 +22,12 @@ again. The preview in the form, the report and the trainer call these same funct
 """
 
 import hashlib
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,17 +36,27 @@ from core.errors import UserError
 from core.schedule import ceil_share
 
 IntArray = npt.NDArray[np.int64]
-Mode = Literal["packed", "padded"]
+Mode = Literal["packed", "padding_free", "grouped", "padded"]
+Algorithm = Literal["best_fit", "wrapped", "sequential"]
 BatchBy = Literal["samples", "tokens", "rows"]
-Row = tuple[int, ...]  # sample ids; () is a dummy row
-MicroBatch = tuple[Row, ...]
+# (positions, starts, ends) -> how many targets each of these pieces has
+CountTargets = Callable[[IntArray, IntArray, IntArray], IntArray]
 
-BASELINE_BATCH = 8  # samples in a batch of the padded baseline that charts compare with
-DUMMY_WIDTH = 1  # slots of the row without a trained token that a rank runs when it has nothing left to do
 
-# In a layer of hidden size h a sample of l tokens costs 24 h^2 l FLOPs in matrix products and 2 h l^2 in causal
-# attention: in proportion l (12 h + l). Work only balances ranks, so one h serves for all: that of a 1 B model.
-LINEAR_WORK_PER_TOKEN = 12 * 2048
+class Segment(NamedTuple):
+    """What lies in a row: tokens `start` to `end` (exclusive) of a sample, as a rule all of them. Its first token has
+    nothing before it and so is never a target."""
+
+    sample: int
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+Row = tuple[Segment, ...]  # () is a dummy row
 
 
 def as_lengths(lengths: Iterable[int]) -> IntArray:
@@ -195,6 +208,31 @@ def _refuse_longer(lengths: IntArray, capacity: int) -> None:
         raise UserError("plan.sample_longer_than_row", "packing.row_length", length=longest, row_length=capacity)
 
 
+def next_fit(lengths: IntArray, capacity: int) -> Packs:
+    """Rows in the order of the samples; each closes when the next sample does not fit.
+
+    Raises UserError plan.sample_longer_than_row.
+    """
+    _refuse_longer(lengths, capacity)
+    tokens_before = _offsets(lengths).tolist()  # a list: bisecting an array makes an object at each look
+    offsets = [0]
+    while offsets[-1] < len(lengths):
+        offsets.append(bisect_right(tokens_before, tokens_before[offsets[-1]] + capacity) - 1)
+    return Packs(np.array(offsets, dtype=np.int64), np.arange(len(lengths)), capacity)
+
+
+def wrap(lengths: IntArray, capacity: int) -> tuple[Packs, IntArray, IntArray]:
+    """The samples one after another, cut into rows that are all full but the last. Beside the rows, in the order of
+    their indices, start and end of each piece within its sample."""
+    tokens_before = _offsets(lengths)
+    row_borders = _every(capacity, int(tokens_before[-1]))
+    borders = np.union1d(tokens_before, row_borders)
+    starts, ends = borders[:-1], borders[1:]
+    indices = np.searchsorted(tokens_before, starts, side="right") - 1
+    packs = Packs(np.searchsorted(borders, row_borders), indices, capacity)
+    return packs, starts - tokens_before[indices], ends - tokens_before[indices]
+
+
 def lower_bound(lengths: IntArray, capacity: int) -> int:
     """No packing needs fewer rows than this: L2 of Martello and Toth (1990). For each threshold k up to half a row:
     lengths over capacity - k share their row with none that is at least k; lengths over half a row don't share one
@@ -211,6 +249,11 @@ def lower_bound(lengths: IntArray, capacity: int) -> int:
     small_tokens = tokens_up_to[half] - np.where(k > 0, tokens_up_to[k - 1], 0)
     unplaced = small_tokens - (num_large * capacity - large_tokens)
     return int(np.max(num_alone + num_large + np.maximum(0, -(-unplaced // capacity))))
+
+
+def fill(tokens: int, rows: int, row_length: int) -> float:
+    """How full the rows are. Dummies are no rows."""
+    return tokens / (rows * row_length)
 
 
 # -- which samples make a step ---------------------------------------------------------------------------------------
@@ -240,9 +283,11 @@ class PlanSettings:
     micro_batch_size: int = 1
     num_ranks: int = 1
     sets: tuple[SampleSet, ...] = ()
+    algorithm: Algorithm = "best_fit"  # of packed rows
 
     def __post_init__(self) -> None:
         assert min(self.row_length, self.per_step, self.micro_batch_size, self.num_ranks) >= 1
+        assert self.algorithm != "wrapped" or self.rows_are_planned, "it cuts across steps"
 
     @property
     def rows_are_planned(self) -> bool:
@@ -254,16 +299,27 @@ class PlanSettings:
         """Whether two epochs may hold different samples."""
         return any(sample_set.weight % 1 for sample_set in self.sets)
 
+    @property
+    def epochs_differ_in_steps(self) -> bool:
+        if self.rows_are_planned:  # best fit looks at the lengths alone, whatever their order
+            return self.redraws_sets or self.algorithm != "best_fit"
+        return self.batch_by == "tokens"
+
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its samples in their order, and their rows where the plan fixes them (rows_per_step)."""
+    """One optimizer step: what it learns from in its order, and in rows where the plan fixes them (rows_per_step).
+    A segment's `sample` is a position among the lengths that were planned."""
 
     epoch: int  # from 1
     index: int  # in its epoch, from 0
     steps_in_epoch: int
-    sample_ids: tuple[int, ...]
+    segments: tuple[Segment, ...]
     rows: tuple[Row, ...] | None = None
+
+    @property
+    def sample_ids(self) -> tuple[int, ...]:
+        return tuple(segment.sample for segment in self.segments)
 
     @property
     def epochs_done(self) -> float:
@@ -277,13 +333,20 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
-    """The steps of one epoch: step i holds order[step_offsets[i]:step_offsets[i + 1]]. `row_offsets` cuts the same
-    order into rows where the plan fixes them; every step ends at the end of a row."""
+    """The steps of one epoch: step i holds order[step_offsets[i]:step_offsets[i + 1]], of each what lies between
+    `starts` and `ends`. `row_offsets` cuts the same order into rows where the plan fixes them; every step ends at the
+    end of a row."""
 
     epoch: int
-    order: IntArray
+    order: IntArray  # positions
+    starts: IntArray
+    ends: IntArray
     step_offsets: IntArray
     row_offsets: IntArray | None = None
+    # What wrapped rows do to the samples:
+    num_cuts: int = 0
+    targets_lost: int = 0  # they came first in their piece, where nothing predicts them
+    rows_without_targets: int = 0  # left out, for they teach nothing
 
     def __len__(self) -> int:
         return len(self.step_offsets) - 1
@@ -291,21 +354,28 @@ class EpochPlan:
     def __iter__(self) -> Iterator[Step]:
         return (self.step(index) for index in range(len(self)))
 
+    @property
+    def tokens(self) -> int:
+        return int((self.ends - self.starts).sum())
+
     def step(self, index: int) -> Step:
         start, end = int(self.step_offsets[index]), int(self.step_offsets[index + 1])
-        sample_ids = tuple(self.order[start:end].tolist())
+        columns = (column[start:end].tolist() for column in (self.order, self.starts, self.ends))
+        segments = tuple(map(Segment, *columns))
         rows: tuple[Row, ...] | None = None
         if self.row_offsets is not None:
             first, last = np.searchsorted(self.row_offsets, (start, end))
             cuts = (self.row_offsets[first : last + 1] - start).tolist()
-            rows = tuple(sample_ids[a:b] for a, b in pairwise(cuts))
-        return Step(self.epoch, index, len(self), sample_ids, rows)
+            rows = tuple(segments[a:b] for a, b in pairwise(cuts))
+        return Step(self.epoch, index, len(self), segments, rows)
 
 
-def plan_epoch(lengths: IntArray, settings: PlanSettings, seed: int, epoch: int) -> EpochPlan:
-    """The steps of epoch `epoch` (from 1), drawn from (seed, epoch) alone.
+def plan_epoch(
+    lengths: IntArray, settings: PlanSettings, seed: int, epoch: int, count_targets: CountTargets | None = None
+) -> EpochPlan:
+    """The steps of epoch `epoch` (from 1), drawn from (seed, epoch) alone. Wrapped rows need `count_targets`.
 
-    Raises UserError plan.sample_longer_than_row.
+    Raises UserError plan.sample_longer_than_row, plan.wrapped_to_nothing.
     """
     assert seed >= 0 and epoch >= 1 and len(lengths) >= 1
     assert not settings.sets or sum(part.num_samples for part in settings.sets) == len(lengths)
@@ -313,14 +383,49 @@ def plan_epoch(lengths: IntArray, settings: PlanSettings, seed: int, epoch: int)
     bits = np.random.PCG64(np.random.SeedSequence((seed, epoch)))
     samples = _epoch_samples(len(lengths), settings, bits)
     order = samples[_shuffle(len(samples), bits)]
+    in_order = lengths[order]
     if settings.rows_are_planned:
-        packs = best_fit(lengths[order], settings.row_length)
-        packs = packs.in_order(_shuffle(len(packs), bits))
+        if settings.algorithm == "wrapped":
+            assert count_targets is not None
+            return _plan_wrapped(order, in_order, settings, epoch, count_targets)
+        if settings.algorithm == "sequential":
+            packs = next_fit(in_order, settings.row_length)
+        else:
+            packs = best_fit(in_order, settings.row_length)
+            packs = packs.in_order(_shuffle(len(packs), bits))
+        order, in_order = order[packs.indices], in_order[packs.indices]
         step_offsets = packs.offsets[_every(settings.per_step, len(packs))]
-        return EpochPlan(epoch, order[packs.indices], step_offsets, packs.offsets)
+        return EpochPlan(epoch, order, np.zeros_like(order), in_order, step_offsets, packs.offsets)
     if settings.batch_by == "tokens":
-        return EpochPlan(epoch, order, _cut_by_tokens(lengths[order], settings.per_step))
-    return EpochPlan(epoch, order, _every(settings.per_step, len(order)))
+        step_offsets = _cut_by_tokens(in_order, settings.per_step)
+    else:
+        step_offsets = _every(settings.per_step, len(order))
+    return EpochPlan(epoch, order, np.zeros_like(order), in_order, step_offsets)
+
+
+def _plan_wrapped(
+    order: IntArray, lengths: IntArray, settings: PlanSettings, epoch: int, count_targets: CountTargets
+) -> EpochPlan:
+    packs, starts, ends = wrap(lengths, settings.row_length)
+    targets = count_targets(order[packs.indices], starts, ends)
+    whole = int(count_targets(order, np.zeros_like(order), lengths).sum())
+    teaches = np.add.reduceat(targets, packs.offsets[:-1]) > 0
+    if not teaches.any():
+        raise UserError("plan.wrapped_to_nothing", "packing.algorithm", row_length=settings.row_length)
+    sizes = np.diff(packs.offsets)
+    is_kept = np.repeat(teaches, sizes)
+    row_offsets = _offsets(sizes[teaches])
+    return EpochPlan(
+        epoch,
+        order=order[packs.indices[is_kept]],
+        starts=starts[is_kept],
+        ends=ends[is_kept],
+        step_offsets=row_offsets[_every(settings.per_step, len(row_offsets) - 1)],
+        row_offsets=row_offsets,
+        num_cuts=len(packs.indices) - len(order),
+        targets_lost=whole - int(targets.sum()),
+        rows_without_targets=int((~teaches).sum()),
+    )
 
 
 def _epoch_samples(num_samples: int, settings: PlanSettings, bits: np.random.PCG64) -> IntArray:
@@ -349,11 +454,11 @@ def _every(size: int, count: int) -> IntArray:
 
 def _cut_by_tokens(lengths: IntArray, tokens_per_step: int) -> IntArray:
     """A step closes with the sample that brings it to tokens_per_step."""
-    tokens_before = _offsets(lengths)
+    tokens_before = _offsets(lengths).tolist()
     borders = [0]
     while borders[-1] < len(lengths):
-        reached = np.searchsorted(tokens_before, tokens_before[borders[-1]] + tokens_per_step)
-        borders.append(min(int(reached), len(lengths)))
+        reached = bisect_left(tokens_before, tokens_before[borders[-1]] + tokens_per_step)
+        borders.append(min(reached, len(lengths)))
     return np.array(borders)
 
 
@@ -380,22 +485,27 @@ class RunPlan:
 
 
 def plan_run(
-    lengths: IntArray, settings: PlanSettings, seed: int, epochs: float | None = None, max_steps: int | None = None
+    lengths: IntArray,
+    settings: PlanSettings,
+    seed: int,
+    *,
+    epochs: float | None = None,
+    max_steps: int | None = None,
+    count_targets: CountTargets | None = None,
 ) -> RunPlan:
     """The run's steps, counted. Part of an epoch is that part of its steps, rounded up: 2.5 epochs end after
-    ceil(half) of the third one's.
+    ceil(half) of the third one's. Where epochs differ in their steps each is planned once and only its count kept.
 
-    Raises UserError plan.sample_longer_than_row.
+    Raises UserError plan.sample_longer_than_row, plan.wrapped_to_nothing.
     """
     assert (epochs is None) != (max_steps is None), "the spec keeps exactly one"
-    epochs_differ = settings.batch_by == "tokens" or (settings.rows_are_planned and settings.redraws_sets)
-    epoch_plan = lru_cache(maxsize=2)(partial(plan_epoch, lengths, settings, seed))
+    epoch_plan = lru_cache(maxsize=2)(partial(plan_epoch, lengths, settings, seed, count_targets=count_targets))
     first_count = len(epoch_plan(1))
     steps_of_epoch: list[int] = []
     num_steps = 0
     while True:
         epoch = len(steps_of_epoch) + 1
-        count = len(epoch_plan(epoch)) if epochs_differ else first_count
+        count = len(epoch_plan(epoch)) if settings.epochs_differ_in_steps else first_count
         if max_steps is not None:
             left = max_steps - num_steps
             is_last = count >= left
@@ -414,202 +524,3 @@ def plan_run(
 def sample_hash(sample_ids: Iterable[int]) -> str:
     """A step's samples in their order, in 16 hex digits: equal where a resumed run does what the first one did."""
     return hashlib.sha256(np.fromiter(sample_ids, dtype="<i8").tobytes()).hexdigest()[:16]
-
-
-# -- how a step lies in memory ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StepLayout:
-    """What each rank runs: ranks[r] is a tuple of micro-batches, one forward pass each, of rows of sample ids. Every
-    rank has equally many; () is the dummy row of a rank that has run out. `slots` are the positions that the passes
-    compute: in a micro-batch every row is as wide as its longest."""
-
-    ranks: tuple[tuple[MicroBatch, ...], ...]
-    tokens: int
-    slots: int
-    rows: int  # without dummies
-
-    @property
-    def padding_efficiency(self) -> float:
-        return self.tokens / self.slots
-
-
-def lay_out(step: Step, lengths: IntArray, settings: PlanSettings) -> StepLayout:
-    """Rows, micro-batches and ranks for one step. Packed by samples or tokens, the step's own samples are packed."""
-    length_of = dict(zip(step.sample_ids, lengths[np.array(step.sample_ids)].tolist(), strict=True))
-    if settings.mode == "padded":
-        per_rank = _in_turn([(sample,) for sample in step.sample_ids], settings)
-    elif step.rows is not None:
-        per_rank = _deal_evenly(step.rows, length_of, settings.num_ranks, -(-len(step.rows) // settings.num_ranks))
-    else:
-        per_rank = _pack_over_ranks(step.sample_ids, length_of, settings)
-    if settings.mode == "packed":  # rows of like width share a micro-batch
-        per_rank = [sorted(rows, key=lambda row: -_tokens(row, length_of)) for rows in per_rank]
-    size = settings.micro_batch_size
-    cut = [[tuple(rows[at : at + size]) for at in range(0, len(rows), size)] for rows in per_rank]
-    num_micro_batches = max(len(micro_batches) for micro_batches in cut)
-    dummy: MicroBatch = ((),)
-    ranks = tuple(tuple(passes + [dummy] * (num_micro_batches - len(passes))) for passes in cut)
-    slots = sum(
-        len(micro_batch) * max(_tokens(row, length_of) if row else DUMMY_WIDTH for row in micro_batch)
-        for micro_batches in ranks
-        for micro_batch in micro_batches
-    )
-    return StepLayout(ranks, _tokens(step.sample_ids, length_of), slots, sum(len(rows) for rows in per_rank))
-
-
-def _in_turn(rows: Sequence[Row], settings: PlanSettings) -> list[list[Row]]:
-    """Whole micro-batches in their order, to one rank after the other."""
-    size = settings.micro_batch_size
-    per_rank: list[list[Row]] = [[] for _ in range(settings.num_ranks)]
-    for number, at in enumerate(range(0, len(rows), size)):
-        per_rank[number % settings.num_ranks].extend(rows[at : at + size])
-    return per_rank
-
-
-def _pack_over_ranks(
-    sample_ids: Sequence[int], length_of: Mapping[int, int], settings: PlanSettings
-) -> list[list[Row]]:
-    """As few rows a rank as packing the whole step needs. Samples are dealt by their work and packed rank by rank;
-    where that takes a row more, whole rows are dealt. Then the heaviest rows are split until all ranks have equally
-    many: that costs nothing, for attention never crossed their samples, and a dummy row would."""
-    num_ranks = settings.num_ranks
-    rows = _pack_rows(sample_ids, length_of, settings.row_length)
-    if num_ranks == 1:
-        return [rows]
-    fewest = -(-len(rows) // num_ranks)
-    dealt = _deal_evenly([(sample,) for sample in sample_ids], length_of, num_ranks, len(sample_ids))
-    per_rank = [_pack_rows([sample for (sample,) in part], length_of, settings.row_length) for part in dealt]
-    if max(len(part) for part in per_rank) > fewest:
-        per_rank = _deal_evenly(rows, length_of, num_ranks, fewest)
-    most = max(len(part) for part in per_rank)
-    return [_split_rows(part, most, length_of) for part in per_rank]
-
-
-def _pack_rows(sample_ids: Sequence[int], length_of: Mapping[int, int], row_length: int) -> list[Row]:
-    packs = best_fit(np.array([length_of[sample] for sample in sample_ids], dtype=np.int64), row_length)
-    return [tuple(sample_ids[position] for position in pack.tolist()) for pack in packs]
-
-
-def _deal_evenly(rows: Sequence[Row], length_of: Mapping[int, int], num_ranks: int, most_rows: int) -> list[list[Row]]:
-    """The heaviest row first, each to the rank with the least work, of those that hold fewer than `most_rows`."""
-    per_rank: list[list[Row]] = [[] for _ in range(num_ranks)]
-    work = [0] * num_ranks
-    for row in sorted(rows, key=lambda row: -_work(row, length_of)):
-        rank = min((rank for rank in range(num_ranks) if len(per_rank[rank]) < most_rows), key=lambda rank: work[rank])
-        per_rank[rank].append(row)
-        work[rank] += _work(row, length_of)
-    return per_rank
-
-
-def _split_rows(rows: list[Row], num_rows: int, length_of: Mapping[int, int]) -> list[Row]:
-    """Halves the heaviest row until there are `num_rows`, or only rows of one sample."""
-    rows = list(rows)
-    while len(rows) < num_rows and any(len(row) > 1 for row in rows):
-        heaviest = max((row for row in rows if len(row) > 1), key=lambda row: _work(row, length_of))
-        rows.remove(heaviest)
-        halves = _deal_evenly([(sample,) for sample in heaviest], length_of, 2, len(heaviest) - 1)
-        rows += [tuple(sample for (sample,) in half) for half in halves]
-    return rows
-
-
-def _tokens(row: Row, length_of: Mapping[int, int]) -> int:
-    return sum(length_of[sample] for sample in row)
-
-
-def _work(row: Row, length_of: Mapping[int, int]) -> int:
-    return sum(length_of[sample] * (LINEAR_WORK_PER_TOKEN + length_of[sample]) for sample in row)
-
-
-# -- what it saves ---------------------------------------------------------------------------------------------------
-
-
-def fill(tokens: int, rows: int, row_length: int) -> float:
-    """How full the rows are. Dummies are no rows."""
-    return tokens / (rows * row_length)
-
-
-def padded_slots(sample_ids: Sequence[int], lengths: IntArray) -> int:
-    """Slots of the baseline: the same samples in their order, BASELINE_BATCH to a batch, each padded to the longest."""
-    step_lengths = lengths[np.array(sample_ids)]
-    starts = np.arange(0, len(step_lengths), BASELINE_BATCH)
-    sizes = np.diff(np.append(starts, len(step_lengths)))
-    return int(np.maximum.reduceat(step_lengths, starts) @ sizes)
-
-
-def padded_efficiency(sample_ids: Sequence[int], lengths: IntArray) -> float:
-    return int(lengths[np.array(sample_ids)].sum()) / padded_slots(sample_ids, lengths)
-
-
-@dataclass(frozen=True)
-class ModeReport:
-    """One mode's first epoch, summed over the steps that were laid out."""
-
-    mode: Mode
-    steps_per_epoch: int
-    steps_laid_out: int  # fewer than steps_per_epoch: the figures below are an estimate from steps spread evenly
-    rows: int
-    tokens: int
-    slots: int
-    padded_slots: int  # of the baseline
-    row_length: int
-
-    @property
-    def is_exact(self) -> bool:
-        return self.steps_laid_out == self.steps_per_epoch
-
-    @property
-    def padding_efficiency(self) -> float:
-        return self.tokens / self.slots
-
-    @property
-    def padded_efficiency(self) -> float:
-        return self.tokens / self.padded_slots
-
-    @property
-    def fill(self) -> float:
-        return fill(self.tokens, self.rows, self.row_length)
-
-
-@dataclass(frozen=True)
-class PackingReport:
-    """What packing saves on these samples, beside plain padding with everything else as it is."""
-
-    packed: ModeReport
-    padded: ModeReport
-    all_padded_efficiency: float  # every sample of the epoch padded to max_length
-    fewest_rows: int  # the lower bound of rows that the epoch's samples need, packed as one
-
-
-def report(
-    lengths: IntArray, settings: PlanSettings, seed: int, max_length: int, most_steps: int | None = None
-) -> PackingReport:
-    """Lays the first epoch out in both modes, as the trainer will; `most_steps` bounds the time this may take."""
-    plan = plan_epoch(lengths, settings, seed, 1)
-    epoch_lengths = lengths[plan.order]
-    return PackingReport(
-        packed=_report_mode("packed", lengths, settings, seed, most_steps),
-        padded=_report_mode("padded", lengths, settings, seed, most_steps),
-        all_padded_efficiency=int(epoch_lengths.sum()) / (len(epoch_lengths) * max_length),
-        fewest_rows=lower_bound(epoch_lengths, settings.row_length),
-    )
-
-
-def _report_mode(
-    mode: Mode, lengths: IntArray, settings: PlanSettings, seed: int, most_steps: int | None
-) -> ModeReport:
-    settings = replace(settings, mode=mode)
-    plan = plan_epoch(lengths, settings, seed, 1)
-    indices = range(len(plan))
-    if most_steps is not None and most_steps < len(plan):
-        indices = np.linspace(0, len(plan) - 1, most_steps).astype(int).tolist()
-    rows = tokens = slots = baseline = 0
-    for index in indices:
-        step = plan.step(index)
-        layout = lay_out(step, lengths, settings)
-        rows += layout.rows
-        tokens += layout.tokens
-        slots += layout.slots
-        baseline += padded_slots(step.sample_ids, lengths)
-    return ModeReport(mode, len(plan), len(indices), rows, tokens, slots, baseline, settings.row_length)

@@ -10,20 +10,6 @@ from core.spec import JobSpec
 
 # field, its value in a spec, values that are lacking, what to do instead
 UNBUILT: tuple[tuple[str, Callable[[JobSpec], object], frozenset[object], str], ...] = (
-    ("packing.mode", lambda s: s.packing.mode, frozenset({"padding_free", "grouped"}), N_("choose packed or padded")),
-    (
-        "packing.algorithm",
-        lambda s: s.packing.algorithm,
-        frozenset({"wrapped", "sequential"}),
-        N_("choose best_fit"),
-    ),
-    (
-        "data.overlong",
-        lambda s: s.data.overlong,
-        frozenset({"truncate", "split"}),
-        N_("choose drop, or leave it empty"),
-    ),
-    ("method.type", lambda s: s.method.type, frozenset({"qlora"}), N_("choose lora or full")),
     ("model.source", lambda s: s.model.source, frozenset({"huggingface", "modelscope"}), N_("use a local model")),
     ("parallel.zero_stage", lambda s: s.parallel.zero_stage, frozenset({1, 2, 3}), N_("choose auto or 0")),
     (

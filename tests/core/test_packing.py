@@ -1,5 +1,4 @@
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -7,24 +6,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core import packing
 from core.errors import UserError
 from core.packing import (
     PlanSettings,
     SampleSet,
     best_fit,
-    fill,
-    lay_out,
     lower_bound,
-    padded_efficiency,
+    next_fit,
     plan_epoch,
     plan_run,
-    report,
     sample_hash,
+    wrap,
 )
 
 CAPACITY = 64
 length_lists = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=120).map(np.array)
-MODES = ["packed", "padded"]
+MODES = ["packed", "padding_free", "grouped", "padded"]
+ALGORITHMS = ["best_fit", "wrapped", "sequential"]
 
 
 def settings(batch_by="samples", per_step=7, mode="packed", **more):
@@ -36,14 +35,20 @@ any_settings = st.builds(
     batch_by=st.sampled_from(["samples", "tokens", "rows"]),
     per_step=st.integers(1, 150),
     mode=st.sampled_from(MODES),
+    algorithm=st.sampled_from(["best_fit", "sequential"]),
     row_length=st.integers(CAPACITY, 3 * CAPACITY),
     micro_batch_size=st.integers(1, 4),
     num_ranks=st.integers(1, 4),
 )
 
 
-def rows_of(layout):
-    return [row for passes in layout.ranks for micro_batch in passes for row in micro_batch if row]
+def all_but_the_first(positions, starts, ends):
+    """Every token trained: all of a piece are targets but its first."""
+    return ends - starts - 1
+
+
+def tokens(row):
+    return sum(segment.length for segment in row)
 
 
 # -- best fit --------------------------------------------------------------------------------------------------------
@@ -139,6 +144,62 @@ def test_rows_longer_than_sixteen_bits_pack_too():
     assert sorted(rows) == [[0, 1, 4], [2], [3]]
 
 
+# -- sequential and wrapped ------------------------------------------------------------------------------------------
+
+
+@given(length_lists, st.integers(CAPACITY, 5 * CAPACITY))
+def test_next_fit_keeps_the_order_and_closes_a_row_only_when_the_next_does_not_fit(lengths, capacity):
+    rows = [row.tolist() for row in next_fit(lengths, capacity)]
+    assert [position for row in rows for position in row] == list(range(len(lengths)))
+    assert all(lengths[row].sum() <= capacity for row in rows)
+    for row, following in pairwise(rows):
+        assert lengths[row].sum() + lengths[following[0]] > capacity
+
+
+@given(length_lists, st.integers(1, 5 * CAPACITY))
+def test_wrapped_rows_are_all_full_but_the_last_and_hold_every_token_once(lengths, capacity):
+    packs, starts, ends = wrap(lengths, capacity)
+    rows = [
+        [token for piece in range(start, end) for token in tokens_of(packs.indices[piece], starts[piece], ends[piece])]
+        for start, end in pairwise(packs.offsets)
+    ]
+    assert all(len(row) == capacity for row in rows[:-1]) and 1 <= len(rows[-1]) <= capacity
+    every = [(position, token) for position, length in enumerate(lengths) for token in range(length)]
+    assert [token for row in rows for token in row] == every
+
+
+def tokens_of(position, start, end):
+    return [(position, token) for token in range(start, end)]
+
+
+@given(length_lists, st.integers(1, 5), st.integers(2, 2 * CAPACITY))
+def test_a_wrapped_epoch_counts_its_cuts_and_the_targets_that_come_first_behind_them(lengths, rows_per_step, capacity):
+    capacity = max(capacity, int(lengths.max()))
+    if lengths.max() == 1:
+        lengths = lengths + 1
+        capacity += 1
+    wrapped = settings("rows", rows_per_step, row_length=capacity, algorithm="wrapped")
+    plan = plan_epoch(lengths, wrapped, 3, 1, all_but_the_first)
+    steps = list(plan)
+    segments = [segment for step in steps for segment in step.segments]
+    assert all(step.rows is not None and sum(step.rows, ()) == step.segments for step in steps)
+    assert [len(step.rows) for step in steps[:-1]] == [rows_per_step] * (len(steps) - 1)
+    assert all(tokens(row) <= capacity for step in steps for row in step.rows)
+    left_out = int(lengths.sum()) - plan.tokens
+    assert (left_out > 0) == (plan.rows_without_targets > 0)
+    assert plan.targets_lost == plan.num_cuts, "each cut costs the token behind it"
+    trained = sum(segment.length - 1 for segment in segments)
+    assert trained + plan.targets_lost == int(lengths.sum()) - len(lengths)
+    assert all(any(segment.length > 1 for segment in step.segments) for step in steps), "no step is without a target"
+
+
+def test_wrapped_rows_without_a_single_target_are_refused():
+    only_behind_the_cut = lambda positions, starts, ends: ((starts < 64) & (ends > 64)).astype(int)  # noqa: E731
+    with pytest.raises(UserError) as refused:
+        plan_epoch(np.array([64]), settings("rows", 1, algorithm="wrapped"), 1, 1, only_behind_the_cut)
+    assert refused.value.code == "plan.wrapped_to_nothing"
+
+
 # -- an epoch --------------------------------------------------------------------------------------------------------
 
 
@@ -169,10 +230,8 @@ def test_by_samples_or_tokens_a_step_is_the_same_set_in_every_layout(
         batch_by, per_step, mode, row_length=row_length, micro_batch_size=micro_batch_size, num_ranks=num_ranks
     )
     other = plan_epoch(lengths, other_settings, 3, 1)
-    assert [step.sample_ids for step in plain] == [step.sample_ids for step in other]
-    for step in other:
-        laid_out = sorted(sample for row in rows_of(lay_out(step, lengths, other_settings)) for sample in row)
-        assert laid_out == sorted(step.sample_ids)
+    assert list(plain) == list(other)
+    assert all(segment == (segment.sample, 0, lengths[segment.sample]) for step in plain for segment in step.segments)
 
 
 @given(length_lists, st.integers(1, 300))
@@ -190,10 +249,8 @@ def test_by_rows_a_step_is_rows_of_the_epoch_packed_as_one(lengths, rows_per_ste
     rows = [row for step in steps for row in step.rows]
     assert len(rows) == len(best_fit(lengths, CAPACITY))
     assert [len(step.rows) for step in steps[:-1]] == [rows_per_step] * (len(steps) - 1)
-    assert all(tuple(sample for row in step.rows for sample in row) == step.sample_ids for step in steps)
-    assert max(int(lengths[list(row)].sum()) for row in rows) <= CAPACITY
-    for step in steps:
-        assert set(rows_of(lay_out(step, lengths, settings("rows", rows_per_step)))) == set(step.rows)
+    assert all(tuple(segment for row in step.rows for segment in row) == step.segments for step in steps)
+    assert max(map(tokens, rows)) <= CAPACITY
 
 
 def test_by_rows_the_longest_samples_do_not_all_come_first():
@@ -229,7 +286,7 @@ def test_neighbours_in_a_packed_row_vary_by_epoch():
             frozenset(pair)
             for step in plan_epoch(lengths, settings("rows", 4), 1, epoch)
             for row in step.rows
-            for pair in pairwise(row)
+            for pair in pairwise(segment.sample for segment in row)
         }
 
     first, second = neighbours(1), neighbours(2)
@@ -304,139 +361,17 @@ def test_where_epochs_differ_in_steps_each_is_counted_by_itself(batch_by):
     assert plan.steps_of_epoch == counts
 
 
+def test_each_epoch_is_planned_once_to_be_counted_and_none_but_the_last_two_is_kept(monkeypatch):
+    planned = []
+    real = packing.plan_epoch
+    monkeypatch.setattr(packing, "plan_epoch", lambda *given, **more: planned.append(given[-1]) or real(*given, **more))
+    plan = plan_run(np.arange(1, 60), settings("tokens", 100), 5, epochs=9.0)
+    assert planned == [*range(1, 10)]
+    assert plan.step_at(plan.total_steps).epoch == 9
+    assert planned == [*range(1, 10)], "the newest epochs are at hand"
+    assert plan.step_at(1).epoch == 1 and planned == [*range(1, 10), 1]
+
+
 def test_the_hash_tells_other_samples_and_another_order_apart():
     assert sample_hash((1, 2, 3)) == sample_hash(np.array([1, 2, 3]))
     assert len({sample_hash(ids) for ids in ((1, 2, 3), (3, 2, 1), (1, 2), ())}) == 4
-
-
-# -- a layout --------------------------------------------------------------------------------------------------------
-
-
-@given(length_lists, any_settings)
-def test_slots_are_the_positions_that_the_passes_compute(lengths, some_settings):
-    for step in plan_epoch(lengths, some_settings, 2, 1):
-        layout = lay_out(step, lengths, some_settings)
-        assert len(layout.ranks) == some_settings.num_ranks
-        assert len({len(passes) for passes in layout.ranks}) == 1, "each rank runs as many micro-batches"
-        slots = tokens = rows = 0
-        for passes in layout.ranks:
-            for micro_batch in passes:
-                assert 1 <= len(micro_batch) <= some_settings.micro_batch_size
-                widths = [int(lengths[list(row)].sum()) if row else 1 for row in micro_batch]
-                assert max(widths) <= some_settings.row_length
-                slots += max(widths) * len(micro_batch)
-                tokens += sum(width for width, row in zip(widths, micro_batch, strict=True) if row)
-                rows += sum(1 for row in micro_batch if row)
-        assert (layout.slots, layout.tokens, layout.rows) == (slots, tokens, rows)
-        assert layout.padding_efficiency == tokens / slots
-        assert sorted(sample for row in rows_of(layout) for sample in row) == sorted(step.sample_ids)
-
-
-@given(length_lists, st.integers(1, 4))
-def test_one_packed_row_a_pass_computes_no_pad(lengths, num_ranks):
-    one_row = settings(per_step=40, num_ranks=num_ranks)
-    for step in plan_epoch(lengths, one_row, 2, 1):
-        layout = lay_out(step, lengths, one_row)
-        num_dummies = sum(not row for passes in layout.ranks for micro_batch in passes for row in micro_batch)
-        assert layout.slots == layout.tokens + num_dummies
-        num_samples = [sum(len(row) for micro_batch in passes for row in micro_batch) for passes in layout.ranks]
-        if min(num_samples) >= len(layout.ranks[0]):
-            assert num_dummies == 0, "a row is split before a rank runs an empty one"
-
-
-@pytest.mark.parametrize("batch_by", ["samples", "rows"])
-@pytest.mark.parametrize("mode", MODES)
-def test_a_sample_that_comes_twice_in_a_step_is_laid_out_twice(batch_by, mode):
-    lengths = np.random.default_rng(1).integers(1, CAPACITY, 20)
-    doubled = settings(batch_by, 40, mode, num_ranks=2, sets=(SampleSet(20, 2.0),))
-    (step,) = plan_epoch(lengths, doubled, 1, 1)
-    assert max(Counter(step.sample_ids).values()) == 2
-    layout = lay_out(step, lengths, doubled)
-    assert Counter(sample for row in rows_of(layout) for sample in row) == Counter(step.sample_ids)
-    assert layout.tokens == 2 * int(lengths.sum())
-
-
-def test_packed_ranks_get_even_work_though_lengths_are_not():
-    rng = np.random.default_rng(4)
-    lengths = np.clip(rng.lognormal(6, 1, 256), 8, 4096).astype(int)
-    four = settings(per_step=256, row_length=4096, num_ranks=4)
-    (step,) = plan_epoch(lengths, four, 1, 1)
-    layout = lay_out(step, lengths, four)
-    work = [
-        sum(int(lengths[sample]) * (24_576 + int(lengths[sample])) for passes in [rank] for micro in passes for row in micro for sample in row)
-        for rank in layout.ranks
-    ]  # fmt: skip
-    assert max(work) <= 1.03 * min(work)
-
-
-def test_packed_rows_of_like_width_share_a_micro_batch():
-    lengths = np.random.default_rng(1).integers(20, CAPACITY, 80)
-    wide = settings(per_step=80, micro_batch_size=4)
-    (step,) = plan_epoch(lengths, wide, 1, 1)
-    widths = [
-        [int(lengths[list(row)].sum()) for row in micro_batch] for micro_batch in lay_out(step, lengths, wide).ranks[0]
-    ]
-    flat = [width for micro_batch in widths for width in micro_batch]
-    assert len(set(flat)) > 1, "there is something to sort"
-    assert flat == sorted(flat, reverse=True)
-
-
-def test_padded_rows_keep_the_steps_order_and_each_pass_is_as_wide_as_its_longest():
-    lengths = np.array([3, 9, 4, 5, 1])
-    padded = settings(per_step=5, mode="padded", micro_batch_size=2)
-    (step,) = plan_epoch(lengths, padded, 1, 1)
-    layout = lay_out(step, lengths, padded)
-    assert [row[0] for row in rows_of(layout)] == list(step.sample_ids)
-    in_order = [int(lengths[sample]) for sample in step.sample_ids]
-    assert layout.slots == 2 * max(in_order[:2]) + 2 * max(in_order[2:4]) + in_order[4]
-
-
-def test_a_rank_that_has_run_out_runs_a_dummy_row_whose_slot_counts():
-    lengths = np.array([4, 5, 6])
-    two = settings(per_step=3, mode="padded", num_ranks=2)
-    (step,) = plan_epoch(lengths, two, 1, 1)
-    layout = lay_out(step, lengths, two)
-    assert layout.ranks[1][1] == ((),)
-    assert (layout.tokens, layout.slots, layout.rows) == (15, 16, 3)
-
-
-# -- what it saves ---------------------------------------------------------------------------------------------------
-
-
-@given(length_lists)
-def test_the_padded_baseline_is_eight_to_a_batch_in_their_order(lengths):
-    ids = list(range(len(lengths)))
-    batches = [lengths[start : start + 8].tolist() for start in range(0, len(ids), 8)]
-    slots = sum(max(batch) * len(batch) for batch in batches)
-    assert padded_efficiency(ids, lengths) == pytest.approx(int(lengths.sum()) / slots)
-
-
-def test_fill_is_tokens_over_the_rows_capacity():
-    assert fill(tokens=90, rows=2, row_length=64) == 90 / 128
-
-
-@pytest.mark.parametrize("batch_by", ["samples", "tokens", "rows"])
-def test_the_report_sums_what_the_steps_of_the_first_epoch_are_laid_out_as(batch_by):
-    lengths = np.random.default_rng(2).integers(1, CAPACITY, 200)
-    chosen = settings(batch_by, 64 if batch_by == "tokens" else 6, micro_batch_size=4)
-    answer = report(lengths, chosen, 11, max_length=CAPACITY)
-    for mode, part in zip(MODES, (answer.packed, answer.padded), strict=True):
-        layouts = [
-            lay_out(step, lengths, replace(chosen, mode=mode))
-            for step in plan_epoch(lengths, replace(chosen, mode=mode), 11, 1)
-        ]
-        assert part.is_exact and part.steps_per_epoch == len(layouts)
-        assert part.tokens == int(lengths.sum())
-        assert part.slots == sum(layout.slots for layout in layouts)
-        assert part.rows == sum(layout.rows for layout in layouts)
-        assert part.fill == part.tokens / (part.rows * CAPACITY)
-    assert answer.padded.padding_efficiency < answer.packed.padding_efficiency
-    assert answer.all_padded_efficiency == pytest.approx(lengths.mean() / CAPACITY)
-    assert answer.fewest_rows == lower_bound(lengths, CAPACITY)
-
-
-def test_a_report_of_some_steps_says_that_it_is_an_estimate():
-    lengths = np.random.default_rng(2).integers(1, CAPACITY, 400)
-    answer = report(lengths, settings(per_step=4), 11, max_length=CAPACITY, most_steps=10)
-    assert (answer.packed.steps_laid_out, answer.packed.steps_per_epoch) == (10, 100)
-    assert not answer.packed.is_exact

@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 
 from core.errors import UserError, UserErrors
 from core.events import Plan
-from core.preflight import JobPlan, plan_job, select
+from core.layout import num_slots
+from core.preflight import JobPlan, plan_job
 from core.profile import DataProfile, ModelProfile
 from core.schedule import lr_at
+from core.selection import select
 from core.spec import parse_spec
+from core.unbuilt import UNBUILT_VALUES
 from core.wire import Device
 
 MODEL = ModelProfile(
@@ -78,14 +81,14 @@ def test_every_row_and_sample_is_counted_under_what_became_of_it() -> None:
         counts[key] for key in ("samples_without_trained_tokens", "samples_too_long", "samples_trained")
     )
     assert counts["samples_too_long"] + counts["samples_validation_dropped"] >= 1
-    assert set(plan.selection.train).isdisjoint(plan.validation_ids)
+    assert set(plan.selection.train.sample_ids.tolist()).isdisjoint(plan.validation_ids)
     assert plan.selection.max_length == 1024
 
 
 @settings(deadline=None, max_examples=30)
 @given(
     st.lists(st.integers(2, 300), min_size=1, max_size=60),
-    st.sampled_from(["packed", "padded"]),
+    st.sampled_from(["packed", "padding_free", "grouped", "padded"]),
     st.sampled_from([{"samples_per_step": 5}, {"tokens_per_step": 400}]),
     st.integers(1, 4),
     st.integers(300, 900),
@@ -103,9 +106,10 @@ def test_a_step_is_the_same_set_of_samples_whatever_the_layout(
     assert other.total_steps == reference.total_steps
     for number in range(1, reference.total_steps + 1):
         work = other.step(number)
-        assert work.sample_ids == reference.step(number).sample_ids
-        in_rows = [sample for rank in work.layout.ranks for batch_ in rank for row in batch_ for sample in row]
-        assert sorted(in_rows) == sorted(work.sample_ids)
+        assert work.segments == reference.step(number).segments
+        assert work.num_targets == sum(lengths[sample] // 2 for sample in work.sample_ids)
+        in_rows = [segment for rank in work.layout.ranks for batch_ in rank for row in batch_ for segment in row]
+        assert sorted(in_rows) == sorted(work.segments)
 
 
 def test_dropping_over_half_a_percent_of_the_trained_tokens_is_refused_with_the_numbers() -> None:
@@ -156,13 +160,13 @@ def test_equal_rows_fall_on_the_same_side_of_the_split() -> None:
     hashes = [f"{index // 2:016x}" for index in range(1000)]
     plan = plan_of(profile(lengths_of(1000), hashes=hashes))
     held_out = {hashes[sample] for sample in plan.validation_ids}
-    assert held_out and held_out.isdisjoint(hashes[sample] for sample in plan.selection.train)
+    assert held_out and held_out.isdisjoint(hashes[sample] for sample in plan.selection.train.sample_ids)
 
 
 def test_samples_of_one_row_stay_together() -> None:
     rows = [index // 3 for index in range(1800)]
     plan = plan_of(profile(lengths_of(1800), rows=rows))
-    assert {rows[s] for s in plan.validation_ids}.isdisjoint(rows[s] for s in plan.selection.train)
+    assert {rows[s] for s in plan.validation_ids}.isdisjoint(rows[s] for s in plan.selection.train.sample_ids)
     assert plan.counts["rows_held_out"] == 50 and plan.counts["samples_validation"] == 150
 
 
@@ -211,22 +215,18 @@ def test_evaluations_fall_evenly_in_an_epoch_and_on_the_last_step() -> None:
 
 def test_the_largest_micro_batch_is_as_large_as_any() -> None:
     plan = plan_of(profile(lengths_of(300)), batch={"samples_per_step": 8, "micro_batch_size": 2})
-
-    def slots(micro_batch: Any) -> int:
-        return len(micro_batch) * max(sum(plan.lengths[sample] for sample in row) for row in micro_batch)
-
     every = [
-        slots(micro_batch)
+        num_slots(micro_batch)
         for number in range(1, plan.run.steps_per_epoch + 1)
         for micro_batch in plan.step(number).layout.ranks[0]
     ]
-    assert slots(plan.largest_micro_batch()) == max(every) > min(every)
+    assert num_slots(plan.largest_micro_batch()) == max(every) > min(every)
 
 
 def test_validation_layouts_hold_each_sample_once() -> None:
     plan = plan_of(profile(lengths_of(3000)))
     rows = [row for layout in plan.validation_layouts() for batch in layout.ranks[0] for row in batch]
-    assert sorted(sample for row in rows for sample in row) == sorted(plan.validation_ids)
+    assert sorted(segment.sample for row in rows for segment in row) == sorted(plan.validation_ids)
     assert len(rows) < len(plan.validation_ids), "several share a row"
 
 
@@ -237,21 +237,12 @@ def test_the_plan_event_is_complete_but_for_what_the_model_tells() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "field"),
-    [
-        ({"packing": {"mode": "grouped"}}, "packing.mode"),
-        ({"method": {"type": "qlora"}}, "method.type"),
-        ({"model": {"revision": "main"}}, "model.revision"),
-        ({"parallel": {"devices": 2}}, "parallel.devices"),
-        ({"parallel": {"zero_stage": 2}}, "parallel.zero_stage"),
-        ({"compute": {"compile": True}}, "compute.compile"),
-        ({"optimizer": {"name": "adamw_8bit"}}, "optimizer.name"),
-        ({"data": {"overlong": "split"}}, "data.overlong"),
-    ],
+    ("field", "lacking"), [(field, value) for field, all_ in UNBUILT_VALUES.items() for value in all_]
 )
-def test_what_this_release_lacks_is_refused_with_what_to_choose(parts: dict[str, Any], field: str) -> None:
+def test_what_this_release_lacks_is_refused_with_what_to_choose(field: str, lacking: object) -> None:
+    part, key = field.split(".")
     with pytest.raises(UserErrors) as caught:
-        plan_of(profile([10]), **parts)
+        plan_of(profile([10]), **{part: {key: lacking}})
     (error,) = caught.value.errors
     assert error.field == field and "not built yet" in error.text()
 
@@ -259,6 +250,6 @@ def test_what_this_release_lacks_is_refused_with_what_to_choose(parts: dict[str,
 def test_max_samples_draws_by_the_seed() -> None:
     def drawn(seed: int) -> tuple[int, ...]:
         spec = parse_spec({"data": {"train": [{"dataset": "d"}], "max_samples": 10}, "seed": seed})
-        return select(spec, {"d": profile(lengths_of(100))}, 4096).train
+        return tuple(select(spec, {"d": profile(lengths_of(100))}, 4096).train.sample_ids.tolist())
 
     assert len(drawn(1)) == 10 and drawn(1) == drawn(1) != drawn(2)

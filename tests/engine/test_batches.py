@@ -8,6 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.layout import MicroBatch
+from core.packing import Segment
 from core.preflight import StepWork
 from tests.engine import tiny
 from tests.engine.jobs import wait_until
@@ -16,33 +18,33 @@ from worker.engine.batches import Ahead, make_batch
 ROWS = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=4)
 
 
-def samples_of(rows: list[list[int]]) -> tuple[tiny.Given, tuple[tuple[int, ...], ...]]:
-    """Samples whose tokens say whose they are, every third token trained."""
+def samples_of(rows: list[list[int]]) -> tuple[tiny.Given, MicroBatch]:
+    """Samples whose tokens say whose they are, every third token trained, each whole in its row."""
     numbers = itertools.count()
-    ids = tuple(tuple(next(numbers) for _ in row) for row in rows)
+    segments = tuple(tuple(Segment(next(numbers), 0, length) for length in row) for row in rows)
     lengths = [length for row in rows for length in row]
     contents = tuple(
         (np.arange(length, dtype=np.int32) + 100 * (number + 1), np.arange(length) % 3 == 1)
         for number, length in enumerate(lengths)
     )
-    return tiny.Given(contents), ids
+    return tiny.Given(contents), segments
 
 
 @given(ROWS)
 def test_each_target_is_the_next_trained_token_of_its_own_sample(rows: list[list[int]]) -> None:
-    samples, ids = samples_of(rows)
-    batch = make_batch(ids, samples)
+    samples, segments = samples_of(rows)
+    batch = make_batch(segments, samples)
     inputs = batch.token_ids_BN.flatten()[batch.target_index_T]
     assert torch.equal(batch.targets_T, inputs + 1), "tokens of a sample count up, so the next one is one more"
     assert torch.equal(batch.targets_T // 100 - 1, batch.sample_of_target_T), "the owner is the sample itself"
     assert batch.num_targets == sum(samples.num_targets)
-    assert batch.sample_ids == tuple(itertools.chain(*ids))
+    assert batch.sample_ids == tuple(segment.sample for row in segments for segment in row)
 
 
 @given(ROWS)
 def test_positions_restart_in_every_segment_and_stay_within_the_longest_sample(rows: list[list[int]]) -> None:
-    samples, ids = samples_of(rows)
-    batch = make_batch(ids, samples)
+    samples, segments = samples_of(rows)
+    batch = make_batch(segments, samples)
     longest = max(max(row) for row in rows)
     width = max(sum(row) for row in rows)
     assert batch.slots == len(rows) * width
@@ -53,8 +55,8 @@ def test_positions_restart_in_every_segment_and_stay_within_the_longest_sample(r
 
 
 def test_a_pad_longer_than_any_sample_is_cut_so_that_positions_stay_in_the_context() -> None:
-    samples, ids = samples_of([[5, 5, 5], [2]])
-    batch = make_batch(ids, samples)
+    samples, segments = samples_of([[5, 5, 5], [2]])
+    batch = make_batch(segments, samples)
     assert batch.segments == ((5, 5, 5), (2, 5, 5, 3))
 
 

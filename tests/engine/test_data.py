@@ -12,7 +12,7 @@ import pytest
 from core.chat import CHATML, Sample, build_samples
 from core.conversation import parse_row
 from core.errors import UserError
-from core.preflight import select
+from core.selection import select
 from core.spec import parse_spec
 from tests.engine.test_tokenizer import byte_level
 from worker.engine.data import (
@@ -212,8 +212,9 @@ def test_global_ids_follow_the_spec_and_end_with_the_validation_set(tmp_path: Pa
     assert progress[-1] == (total, total)
     # The plan counts the same samples under the same ids.
     selection = select(spec, corpus.profiles, context_length=512)
-    assert {*selection.train, *selection.validation} == set(range(len(corpus)))
-    assert selection.validation == (11, 12)
+    train, held_out = (pieces.sample_ids.tolist() for pieces in (selection.train, selection.validation))
+    assert {*train, *held_out} == set(range(len(corpus)))
+    assert held_out == [11, 12]
 
 
 def test_an_id_beyond_the_corpus_is_a_programmers_mistake(tmp_path: Path) -> None:

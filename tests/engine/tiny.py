@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from core.packing import PlanSettings, Step, as_lengths, lay_out
+from core.layout import lay_out
+from core.packing import PlanSettings, Segment, Step
 from core.preflight import StepWork
 from core.spec import JobSpec, parse_spec
 from worker.engine.batches import StepBatch, make_step
@@ -130,9 +131,10 @@ def some_samples(count: int = 12, longest: int = 60, seed: int = 5) -> Given:
 def step_of(samples: Given, mode: str = "packed", row_length: int = 80, micro_batch_size: int = 1) -> StepBatch:
     """One step of all the samples, laid out as the trainer lays it out."""
     settings = PlanSettings(mode, row_length, "samples", len(samples.contents), micro_batch_size)
-    sample_ids = tuple(range(len(samples.contents)))
-    layout = lay_out(Step(1, 0, 1, sample_ids), as_lengths(samples.lengths), settings)
-    return make_step(StepWork(1, 1.0, sample_ids, sum(samples.num_targets), layout), samples)
+    segments = tuple(Segment(number, 0, length) for number, length in enumerate(samples.lengths))
+    layout = lay_out(Step(1, 0, 1, segments), settings)
+    targets = dict(zip(segments, samples.num_targets, strict=True))
+    return make_step(StepWork(1, 1.0, segments, targets, layout), samples)
 
 
 def gradients(model: LanguageModel, step: StepBatch) -> tuple[float, dict[str, torch.Tensor]]:

@@ -1,11 +1,13 @@
 """Rows of sample ids become tensors, ahead of the step that needs them.
 
-A row holds its samples side by side, each with positions from 0, and a pad tail up to the width of its micro-batch.
-The pad has positions and segments of its own, none longer than the micro-batch's longest sample, so that it stays
-within the model's context like everything else.
+A row holds segments of samples side by side, each with positions from 0, and a pad tail up to the width of its
+micro-batch. The pad has positions and segments of its own, none longer than the micro-batch's longest segment, so that
+it stays within the model's context like everything else. A dummy row, of a rank that has nothing left to do in a step,
+is one pad token.
 
-The target of position p is the token at p + 1 of the same sample, where that token is trained; nothing is predicted
-across a border. Targets are picked here, on the CPU, so the model's head only ever sees positions that have one.
+The target of position p is the token at p + 1 of the same segment, where that token is trained; nothing is predicted
+across a border, so the first token of a segment is no target even where it lies within its sample. Targets are picked
+here, on the CPU, so the model's head only ever sees positions that have one.
 
 Shapes: B rows, N positions of a row, T targets of a micro-batch.
 """
@@ -22,7 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from core.packing import MicroBatch
+from core.layout import DUMMY_WIDTH, MicroBatch
+from core.packing import Segment
 from core.preflight import StepWork
 
 PAD_TOKEN = 0  # any token does: nothing sees it, and it has no target
@@ -38,7 +41,8 @@ class Samples(Protocol):
 @dataclass(frozen=True)
 class Batch:
     """One forward pass. `target_index_T` counts through the flattened B x N positions; `segments` are lengths, by row.
-    `sample_of_target_T` is the place of the target's sample in the micro-batch, rows in order."""
+    `sample_of_target_T` is the place of the target's segment in the micro-batch, rows in order, and `sample_ids` says
+    whose they are."""
 
     token_ids_BN: Tensor
     position_ids_BN: Tensor
@@ -96,27 +100,28 @@ class StepBatch:
 
 def make_batch(rows: MicroBatch, samples: Samples) -> Batch:
     """The rows of one micro-batch as tensors on the CPU."""
-    contents = [[samples.sample(sample_id) for sample_id in row] for row in rows]
-    lengths = [[len(token_ids) for token_ids, _ in row] for row in contents]
-    longest = max(length for row in lengths for length in row)
-    width = max(sum(row) for row in lengths)
+    lengths = [[segment.length for segment in row] for row in rows]
+    longest = max((length for row in lengths for length in row), default=DUMMY_WIDTH)
+    width = max(sum(row) if row else DUMMY_WIDTH for row in lengths)
     token_ids_BN = np.full((len(rows), width), PAD_TOKEN, dtype=np.int64)
     position_ids_BN = np.zeros((len(rows), width), dtype=np.int64)
     segments = []
-    target_indices, targets, owners = [], [], []
-    num_samples = 0
-    for row, row_samples in enumerate(contents):
-        start = 0
-        for token_ids, trained in row_samples:
-            end = start + len(token_ids)
-            token_ids_BN[row, start:end] = token_ids
-            predicted = np.flatnonzero(trained[1:])
-            target_indices.append(row * width + start + predicted)
-            targets.append(token_ids[predicted + 1].astype(np.int64))
-            owners.append(np.full(len(predicted), num_samples))
-            num_samples += 1
-            start = end
-        pad = _pieces(width - start, longest)
+    none = np.zeros(0, dtype=np.int64)
+    target_indices, targets, owners = [none], [none], [none]
+    num_segments = 0
+    for row, row_segments in enumerate(rows):
+        begin = 0
+        for sample_id, start, end in row_segments:
+            token_ids, trained = samples.sample(sample_id)
+            assert end <= len(token_ids), "the plan knows the sample's length"
+            token_ids_BN[row, begin : begin + end - start] = token_ids[start:end]
+            predicted = np.flatnonzero(trained[start + 1 : end])
+            target_indices.append(row * width + begin + predicted)
+            targets.append(token_ids[start + 1 + predicted].astype(np.int64))
+            owners.append(np.full(len(predicted), num_segments))
+            num_segments += 1
+            begin += end - start
+        pad = _pieces(width - begin, longest)
         segments.append((*lengths[row], *pad))
         position_ids_BN[row] = np.concatenate([np.arange(length) for length in segments[-1]])
     return Batch(
@@ -126,7 +131,7 @@ def make_batch(rows: MicroBatch, samples: Samples) -> Batch:
         target_index_T=torch.from_numpy(np.concatenate(target_indices)),
         targets_T=torch.from_numpy(np.concatenate(targets)),
         sample_of_target_T=torch.from_numpy(np.concatenate(owners)),
-        sample_ids=tuple(sample_id for row in rows for sample_id in row),
+        sample_ids=tuple(segment.sample for row in rows for segment in row),
     )
 
 
@@ -198,7 +203,8 @@ def steps_from(
 
 def alone(sample_id: int, samples: Samples) -> Batch:
     """One sample in a row of its own."""
-    return make_batch(((sample_id,),), samples)
+    token_ids, _ = samples.sample(sample_id)
+    return make_batch(((Segment(sample_id, 0, len(token_ids)),),), samples)
 
 
 def of_tokens(rows: Sequence[Sequence[Sequence[int]]]) -> Batch:
@@ -209,5 +215,5 @@ def of_tokens(rows: Sequence[Sequence[Sequence[int]]]) -> Batch:
         def sample(self, sample_id: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
             return contents[sample_id], np.arange(len(contents[sample_id])) > 0
 
-    numbers = iter(range(len(contents)))
-    return make_batch(tuple(tuple(next(numbers) for _ in row) for row in rows), Given())
+    segments = iter([Segment(number, 0, len(content)) for number, content in enumerate(contents)])
+    return make_batch(tuple(tuple(next(segments) for _ in row) for row in rows), Given())

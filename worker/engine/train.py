@@ -32,7 +32,7 @@ from pydantic import TypeAdapter
 
 from core import events
 from core.errors import UserError
-from core.packing import as_lengths, padded_efficiency, sample_hash
+from core.packing import sample_hash
 from core.preflight import JobPlan, plan_job
 from core.schedule import lr_at
 from core.spec import JobSpec, batch_key, parse_spec
@@ -171,7 +171,7 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
 
     # Probe: a model on which packed samples see each other gets one sample a row, or is refused.
     run.enter("probe")
-    if plan.settings.mode == "packed":
+    if plan.settings.mode in ("packed", "padding_free"):
         leak = measure_leak(model, asked.seed)
         if leaks(model, leak):
             plan = one_sample_a_row(run, plan, asked, leak, plan_of)
@@ -184,7 +184,7 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     }
     emitter.emit(events.Plan, **run.plan_fields)
 
-    trained_end = end_of_turn(corpus, plan.selection.train, tokenizer.tokenizer)
+    trained_end = end_of_turn(corpus, plan.selection.train.sample_ids.tolist(), tokenizer.tokenizer)
     ends = stop_ids(model, tokenizer.tokenizer, trained_end)
     optimizer = make_optimizer(model.trainable(), plan.spec, device, emitter.warn)
     ready = Ready(plan, model, optimizer, corpus, tokenizer, ends, profile.context_length, threads)
@@ -235,7 +235,6 @@ def make_steps(run: Run, ready: Ready) -> None:  # noqa: PLR0915 (the heart of t
     """All steps that are left, and what happens at the borders between them."""
     plan, model, optimizer, spec, signals = ready.plan, ready.model, ready.optimizer, ready.spec, run.signals
     weights = list(model.trainable().values())
-    lengths = as_lengths(plan.lengths)
     run.enter("train", run.progress.step, plan.total_steps)
     run.saved_at = time.monotonic()
 
@@ -310,7 +309,7 @@ def make_steps(run: Run, ready: Ready) -> None:  # noqa: PLR0915 (the heart of t
                 slots=layout.slots,
                 rows=layout.rows,
                 padding_efficiency=layout.padding_efficiency,
-                padded_efficiency=padded_efficiency(work.sample_ids, lengths),
+                padded_efficiency=work.padded_efficiency,
                 tokens_per_s=layout.tokens / step_s,
                 step_s=step_s,
                 wait_s=ahead.wait_s,
@@ -347,15 +346,16 @@ def one_sample_a_row(
     Raises UserError engine.leak where steps are made of rows, which would then be other steps."""
     if batch_key(asked.batch) == "rows_per_step":
         raise UserError("engine.leak", "packing.mode", leak=leak)
-    alone = plan_of(asked.model_copy(update={"packing": asked.packing.model_copy(update={"mode": "padded"})}))
-    packing = plan.packing_report()
+    one_a_row = asked.packing.model_copy(update={"mode": "padded", "algorithm": "best_fit"})
+    alone = plan_of(asked.model_copy(update={"packing": one_a_row}))
+    packed, padded = plan.packing.mine, plan.packing.of("padded")
     run.spec = alone.spec
     run.emitter.warn(
         "leak",
         f"this model lets packed samples see each other (a changed neighbour moves their hidden states by {leak:.2g} "
-        f"of the scale), so each sample gets its own row: the same steps, but {packing.padded.rows:,} rows an epoch "
-        f"instead of {packing.packed.rows:,}, with {packing.padded.slots:,} slots instead of "
-        f"{packing.packed.slots:,}; expect it to take longer",
+        f"of the scale), so each sample gets its own row: the same steps, but {padded.rows:,} rows an epoch "
+        f"instead of {packed.rows:,}, with {padded.slots:,} slots instead of {packed.slots:,}; "
+        "expect it to take longer",
     )
     return alone
 

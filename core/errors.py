@@ -63,6 +63,10 @@ TEXTS: dict[str, str] = {
         "packing.algorithm wrapped cuts samples across steps, so it needs batch.rows_per_step; "
         "give batch.rows_per_step in place of {given}, or choose packing.algorithm best_fit"
     ),
+    "spec.adapter_needs_method": N_(
+        "method.type full trains every weight and lays on no adapter, so model.adapter {adapter} would be left out; "
+        "leave it empty, or set method.type to lora or qlora"
+    ),
     "spec.algorithm_needs_packed": N_(
         "packing.algorithm {algorithm} applies to packing.mode packed only, not to {mode}; "
         "leave it out or choose packed"
@@ -95,15 +99,7 @@ TEXTS: dict[str, str] = {
         "the data was measured by an earlier release, which did not note where its trained tokens lie, so it cannot be "
         "cut; upload it again, or choose drop and best_fit"
     ),
-    "plan.no_runs": N_(
-        "the data was measured by an earlier release, which did not note where its trained tokens lie, so it cannot be "
-        "cut; upload it again, or choose drop and best_fit"
-    ),
     "plan.no_samples": N_("no sample is left to train on: of {rows} rows, {reasons}"),
-    "plan.wrapped_to_nothing": N_(
-        "wrapped into rows of {row_length} tokens every trained token comes first in its piece, where nothing predicts "
-        "it; choose packing.algorithm best_fit, or raise packing.row_length"
-    ),
     "plan.wrapped_to_nothing": N_(
         "wrapped into rows of {row_length} tokens every trained token comes first in its piece, where nothing predicts "
         "it; choose packing.algorithm best_fit, or raise packing.row_length"
@@ -154,7 +150,7 @@ TEXTS: dict[str, str] = {
     ),
     "engine.attention_refused": N_("{problem}; choose auto, which takes what runs on this model and says so"),
     "engine.fused_experts": N_(
-        "{field} cannot act on experts that share one tensor; leave it at its default, or add experts to "
+        "{knob} cannot act on experts that share one tensor; leave it at its default, or add experts to "
         "method.exclude_modules, which trains the other layers alone"
     ),
     "engine.leak": N_(

@@ -152,7 +152,7 @@ class Model(Part):
     adapter: Name | None = knob(
         None,
         "Start from adapter",
-        N_("Continue training this adapter of a finished job."),
+        N_("Continue training the adapter of this finished job, by its id; pegbox train takes a folder."),
         group="Model",
         advanced=True,
     )
@@ -411,7 +411,10 @@ AnyMethod = Annotated[
 
 class Parallel(Part):
     devices: Annotated[Count, Field(le=4096)] = knob(
-        1, "Devices", N_("GPUs that train one job together."), group="ZeRO and hosts"
+        1,
+        "Devices",
+        N_("GPUs that train one job together; on a CPU, processes that share one slot."),
+        group="ZeRO and hosts",
     )
     zero_stage: Literal["auto", 0, 1, 2, 3] = knob(
         "auto",
@@ -661,6 +664,8 @@ def _cross_field_faults(spec: JobSpec) -> Iterator[UserError]:
         )
     elif packing.algorithm == "wrapped" and not isinstance(spec.batch, BatchByRows):
         yield UserError("spec.wrapped_needs_rows", "packing.algorithm", given=f"batch.{batch_key(spec.batch)}")
+    if spec.model.adapter is not None and spec.method.type == "full":
+        yield UserError("spec.adapter_needs_method", "model.adapter", adapter=spec.model.adapter)
     if spec.optimizer.name != "adamw" and spec.parallel.offload not in ("auto", "none"):
         yield UserError(
             "spec.offload_needs_adamw", "optimizer.name", name=spec.optimizer.name, offload=spec.parallel.offload

@@ -96,7 +96,7 @@ class Supervisor:
         self.stacks: dict[int, list[str]] = {}  # what each rank has printed since it was asked where it stands
         self.stacks_due_at: float | None = None
         self.has_end_event = False
-        self.has_failure_event = False
+        self.told_reason: str | None = None  # of the trainer's own failure event
         self.deed: Deed = "none"
         self.kill_at: float | None = None  # TERM was sent; KILL follows then
         self.checkpoints_asked = 0
@@ -207,7 +207,7 @@ class Supervisor:
         )
 
     def _write_end(self, diagnosis: Diagnosis) -> None:
-        if diagnosis.outcome in (Outcome.FAILED, Outcome.LOST) and not self.has_failure_event:
+        if diagnosis.outcome in (Outcome.FAILED, Outcome.LOST) and diagnosis.reason != self.told_reason:
             self.journal.append("failure", reason=diagnosis.reason, text=diagnosis.text, remedy=diagnosis.remedy)
         if diagnosis.outcome == Outcome.SUCCEEDED:
             self.journal.append("phase", name="upload", done=0, total=None)
@@ -252,7 +252,7 @@ class Supervisor:
             case "end":
                 self.has_end_event = event.get("outcome") == "succeeded"
             case "failure":
-                self.has_failure_event = True
+                self.told_reason = event.get("reason")
 
     def _log(self, line: Line) -> None:
         if self.stacks_due_at is not None:

@@ -23,6 +23,7 @@ class JobRow:
     owner: str | None
     host: str | None
     devices: tuple[str, ...]
+    num_ranks: int  # on a CPU more than devices: all of them run in one slot
     tags: tuple[str, ...]
     notes: str
     method: str
@@ -100,6 +101,7 @@ def _row(job: Job, now: float, owners: dict[str, str], hosts: dict[str, str]) ->
         owner=owners.get(job.owner or ""),
         host=hosts.get(host or ""),
         devices=tuple(job.devices or ()),
+        num_ranks=job.spec["parallel"]["devices"],
         tags=tuple(job.tags or ()),
         notes=job.notes,
         method=job.spec["method"]["type"],

@@ -38,6 +38,27 @@ def test_two_slots_run_two_jobs_and_the_third_says_why_it_waits(house: House, ho
     assert wait["position"] == 1
 
 
+def test_ranks_on_a_cpu_take_one_slot_and_the_page_counts_them(house: House, host: FakeHost) -> None:
+    job, next_one = submit(house), submit(house)
+    with house.services.database.write() as session:
+        for each in (job, next_one):
+            row = session.get_one(Job, each)
+            row.spec = row.spec | {"parallel": row.spec["parallel"] | {"devices": 2}}
+    assert [launch.job for launch in dispatch_once(house.services)] == [job, next_one]
+    assert [job_of(house.services, each).devices for each in (job, next_one)] == [["cpu0"], ["cpu1"]]
+    assert house.browser("victor").get("/hosts").text.count("in 2 processes") == 2
+
+
+def test_more_ranks_than_a_host_has_cpus_wait_and_say_so(house: House, host: FakeHost) -> None:
+    job = submit(house)
+    with house.services.database.write() as session:
+        row = session.get_one(Job, job)
+        row.spec = row.spec | {"parallel": row.spec["parallel"] | {"devices": 3}}
+    assert dispatch_once(house.services) == []
+    wait = house.api("victor").get(f"/api/v1/jobs/{job}").json()["wait"]
+    assert wait["text"] == "asks for 3 devices, the largest host that could run it has 2"
+
+
 def test_a_reason_that_has_not_changed_is_not_written_again(house: House, host: FakeHost) -> None:
     jobs = [submit(house) for _ in range(3)]
     dispatch_once(house.services)

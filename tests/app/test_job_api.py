@@ -87,7 +87,7 @@ def test_the_same_key_makes_one_job(house: House, host: FakeHost) -> None:
         ),
         ({"schedule": {"learning_rate": -1}}, [("/spec/schedule/learning_rate", "spec.above")]),
         ({"data": SPEC["data"] | {"max_length": 1_000_000}}, [("/spec/data/max_length", "plan.above_context")]),
-        ({"model": {"adapter": "/etc"}}, [("/spec/model/adapter", "spec.not_built")]),
+        ({"model": {"adapter": "/etc"}}, [("/spec/model/adapter", "job.adapter_unknown")]),
         ({"model": {"revision": "main"}}, [("/spec/model/revision", "spec.not_built")]),
         ({"lora_rank": 8}, [("/spec/lora_rank", "spec.unknown_key_hint")]),
         ({"packing": {"mode": "grouped"}}, [("/spec/packing/mode", "spec.not_built")]),

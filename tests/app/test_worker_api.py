@@ -8,9 +8,10 @@ from sqlmodel import select
 
 from app.dispatcher import dispatch_once
 from app.tables import Attempt, Job
-from core.wire import AttemptRef
+from core.wire import ADAPTER_FILES, AttemptRef
 from tests.app.conftest import House
 from tests.app.scene import (
+    SPEC,
     FakeHost,
     checkpoint,
     connect_host,
@@ -40,6 +41,49 @@ def upload(host: FakeHost, launch: AttemptRef, content: bytes, fence: int | None
         content=content,
     )
     return sha256, response.status_code
+
+
+def succeed(host: FakeHost, launch: AttemptRef, *names: str) -> list[str]:
+    """Ends a running attempt with these artifacts, each holding its name; returns their hashes."""
+    end = wire(2, "end", outcome="succeeded", steps=1, trained_tokens=100, seconds=1.0)
+    assert host.send(launch, [end]).status_code == 200
+    hashes = [upload(host, launch, name.encode())[0] for name in names]
+    artifacts = [
+        {"name": name, "bytes": len(name), "sha256": sha256} for name, sha256 in zip(names, hashes, strict=True)
+    ]
+    assert host.finish(launch, "succeeded", final_seq=2, artifacts=artifacts).status_code == 200
+    return hashes
+
+
+def test_a_job_that_starts_from_an_adapter_is_given_its_files(house: House, host: FakeHost) -> None:
+    first = submit(house)
+    hashes = succeed(host, host.running(), *ADAPTER_FILES, "README.md")
+    second = submit(house, model={"adapter": first})
+    assignment = host.claim(host.launched()).json()
+    assert [(file["name"], file["sha256"]) for file in assignment["adapter"]] == list(
+        zip(ADAPTER_FILES, hashes[:2], strict=True)
+    )
+    assert host.client.get(f"/worker/v1/blobs/{hashes[1]}").content == b"adapter_model.safetensors"
+    assert job_of(house.services, second).spec["model"]["adapter"] == first
+
+
+def test_only_a_finished_jobs_adapter_can_be_started_from(house: House, host: FakeHost) -> None:
+    def refusal(adapter: str) -> tuple[str, str]:
+        body = {"spec": SPEC | {"model": {"adapter": adapter}}}
+        response = house.api("bob").post("/api/v1/jobs", json=body)
+        assert response.status_code == 422
+        (error,) = response.json()["errors"]
+        assert error["pointer"] == "/spec/model/adapter"
+        return error["code"], error["detail"]
+
+    unfinished = submit(house)
+    launch = host.running()
+    assert refusal(unfinished)[0] == "job.adapter_not_finished"
+    assert "is running" in refusal(unfinished)[1]
+    succeed(host, launch, "model.safetensors", "adapter_config.json")
+    code, text = refusal(unfinished)
+    assert code == "job.adapter_missing" and f"{unfinished} left no adapter_model.safetensors" in text
+    assert refusal("job_nowhere")[0] == "job.adapter_unknown"
 
 
 def test_a_job_goes_from_the_queue_to_success_over_http(house: House, host: FakeHost) -> None:

@@ -33,6 +33,7 @@ class LedgerAttempt:
     ref: wire.AttemptRef
     spec: dict[str, Any]
     data: tuple[wire.DataFile, ...] = ()
+    adapter: tuple[wire.AdapterFile, ...] = ()
     resume_from: tuple[str, ...] = ()
     current_fence: int = 0  # raised above the attempt's own by whoever takes the job away from it
     claims: int = 0
@@ -131,6 +132,10 @@ class Ledger:
         self.blobs[sha256] = content
         return wire.DataFile(dataset=dataset, sha256=sha256, bytes=len(content))
 
+    def put_adapter_file(self, name: wire.AdapterFileName) -> wire.AdapterFile:
+        file = self.put_blob(f"{name} of job_before".encode())
+        return wire.AdapterFile(name=name, sha256=file.sha256, bytes=file.bytes)
+
     def store(self, entry: LedgerAttempt, events: tuple[wire.WireEvent, ...]) -> int:
         """The recorder's rule: skip what is known, apply what follows without a gap. Returns how many were new."""
         with self._lock:
@@ -198,6 +203,7 @@ class Ledger:
                 spec=entry.spec,
                 data=entry.data,
                 devices=("cpu0",),
+                adapter=entry.adapter,
                 resume_from=entry.resume_from,
                 redis_url=self.redis_url,
                 acked_seq=entry.acked_seq,

@@ -36,6 +36,8 @@ EVIDENCE = st.builds(
     num_oom_kills=st.integers(0, 2),
     grace_s=st.just(60.0),
     silence_s=st.just(700.0),
+    stacks=st.just("it stood in wait (work.py:1)"),
+    rank=st.sampled_from([None, 0, 3]),
 )
 
 
@@ -127,3 +129,37 @@ def test_a_success_that_was_faster_than_the_wish_to_stop_stays_one() -> None:
 
 def test_the_kernel_is_asked_for_its_kills() -> None:
     assert num_oom_kills() >= 0
+
+
+@pytest.mark.parametrize(
+    ("returncode", "outcome", "reason", "words"),
+    [
+        (-9, Outcome.LOST, "killed", "rank 3 was ended by SIGKILL"),
+        (-11, Outcome.FAILED, "internal", "rank 3 crashed with SIGSEGV"),
+        (1, Outcome.FAILED, "internal", "rank 3 ended with code 1"),
+    ],
+)
+def test_a_rank_that_fell_without_a_word_is_named(returncode: int, outcome: Outcome, reason: str, words: str) -> None:
+    end = diagnose(replace(GOOD, outcome=None, rank=3, returncode=returncode))
+    assert (end.outcome, end.reason) == (outcome, reason)
+    assert words in end.text
+
+
+def test_what_the_neighbours_of_a_killed_rank_say_is_hearsay() -> None:
+    for hearsay in (
+        OutcomeFile(code=70, reason="internal", text="another rank is gone"),
+        OutcomeFile(code=75, reason="stopped", text="stopped as asked"),
+    ):
+        end = diagnose(replace(GOOD, outcome=hearsay, rank=1, returncode=-9))
+        assert (end.outcome, end.reason) == (Outcome.LOST, "killed")
+    out_of_memory = OutcomeFile(code=71, reason="oom", text="out of memory")
+    assert diagnose(replace(GOOD, outcome=out_of_memory, rank=1, returncode=-9)).reason == "oom"
+    assert diagnose(replace(GOOD, outcome=hearsay, rank=1, returncode=-9, wish="stop")).outcome == Outcome.STOPPED
+    assert diagnose(replace(GOOD, outcome=hearsay, rank=1, returncode=75)).outcome == Outcome.PREEMPTED
+
+
+def test_a_hang_tells_where() -> None:
+    end = diagnose(
+        replace(GOOD, outcome=None, deed="hang", returncode=-9, silence_s=700, stacks="it stood in wait (a:1)")
+    )
+    assert end.text.endswith("11.7 minutes, so it was killed as hung; it stood in wait (a:1)")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from core import wire
 from core.states import Outcome
 from tests.worker.conftest import Host
 from tests.worker.ledger import Ledger, LedgerAttempt, wait_until
@@ -331,6 +332,7 @@ def test_one_killed_rank_ends_all_and_is_named(host: Host) -> None:
     assert json.loads((directory / "outcome.json").read_text())["code"] == 75, "rank 0 took torchrun's TERM for a stop"
     assert (entry.finish.outcome, entry.finish.reason, entry.finish.exit_code) == (Outcome.LOST, "killed", 137)
     assert "rank 1 was ended by SIGKILL" in entry.finish.text
+    assert [failure["reason"] for failure in entry.of_kind("failure")] == ["killed"]
     assert marked(mark_of(entry.ref)) == []
 
 
@@ -379,6 +381,29 @@ def test_a_model_that_this_host_lacks_is_named(host: Host) -> None:
     host.wait_for_finish(entry)
     assert entry.finish.reason == "bad_spec"
     assert "nobody/nothing" in entry.finish.text
+
+
+def test_the_adapter_of_a_job_is_laid_out_for_the_trainer(host: Host) -> None:
+    entry = host.dispatch("steps=2", adapter=tuple(host.ledger.put_adapter_file(name) for name in wire.ADAPTER_FILES))
+    entry.spec["model"] = {"base": "demo/tiny-llama", "adapter": "job_before"}
+    directory = host.launch(entry)
+    host.wait_for_finish(entry)
+    assert entry.finish.outcome == Outcome.SUCCEEDED
+    folder = Path(json.loads((directory / "inputs.json").read_bytes())["adapter_path"])
+    assert folder == directory / "adapter"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "adapter_config.json": b"adapter_config.json of job_before",
+        "adapter_model.safetensors": b"adapter_model.safetensors of job_before",
+    }
+
+
+def test_an_adapter_that_the_server_lost_is_named(host: Host) -> None:
+    entry = host.dispatch("steps=2")
+    entry.spec["model"] = {"base": "demo/tiny-llama", "adapter": "job_before"}
+    host.launch(entry)
+    host.wait_for_finish(entry)
+    assert (entry.finish.outcome, entry.finish.reason) == (Outcome.FAILED, "bad_spec")
+    assert "no longer has the adapter of job job_before" in entry.finish.text
 
 
 def test_output_reaches_the_log_clean_and_a_flood_is_counted(

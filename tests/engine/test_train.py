@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.engine import jobs
 from worker.engine import checkpoint
+from worker.engine.batches import Batch
+from worker.engine.learner import Replica
 from worker.engine.records import SAMPLE_RECORD
 
 
@@ -231,15 +233,13 @@ def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing_over_the_good_c
         method={"type": "full"},
         optimizer={"max_grad_norm": None},
     )
-    from worker.engine import train as train_module
+    real = Replica.backward
 
-    real = train_module.backward
-
-    def poisoned(model: object, batch: object, num_targets: int) -> torch.Tensor:
-        losses = real(model, batch, num_targets)
+    def poisoned(self: Replica, batch: Batch, num_targets: int, *, is_last: bool) -> torch.Tensor:
+        losses = real(self, batch, num_targets, is_last=is_last)
         return losses * float("nan") if len(jobs.events_of(job, "step")) == 2 else losses
 
-    monkeypatch.setattr(train_module, "backward", poisoned)
+    monkeypatch.setattr(Replica, "backward", poisoned)
     assert jobs.run(job, monkeypatch) == 72
     steps = jobs.events_of(job, "step")
     assert [step["step"] for step in steps] == [1, 2, 3] and steps[-1]["loss"] is None
@@ -252,14 +252,12 @@ def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing_over_the_good_c
 def test_out_of_memory_comes_before_the_first_step_with_numbers_to_change(
     tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from worker.engine import train as train_module
-
     job = jobs.make_job(tmp_path / "job", model, data, batch={"samples_per_step": 8, "micro_batch_size": 4})
 
-    def allocate(*args: object) -> None:
+    def allocate(*args: object, **named: object) -> None:
         torch.empty(1 << 60)
 
-    monkeypatch.setattr(train_module, "backward", allocate)
+    monkeypatch.setattr(Replica, "backward", allocate)
     assert jobs.run(job, monkeypatch) == 71
     (failure,) = jobs.events_of(job, "failure")
     assert "longest_batch" in failure["text"] and not jobs.events_of(job, "step")
@@ -269,7 +267,6 @@ def test_out_of_memory_comes_before_the_first_step_with_numbers_to_change(
 @pytest.mark.parametrize(
     ("parts", "code", "said"),
     [
-        ({"method": {"type": "qlora"}}, 65, "qlora"),
         ({"method": {"type": "lora", "target_modules": ["q_prj"]}}, 65, "q_proj"),
         ({"schedule": {"learning_rate": 1e-3, "epochs": 1, "warmup_steps": 50}}, 65, "warm-up of 50 steps"),
         ({"data": {"train": [{"dataset": "given"}], "max_length": 9999}}, 65, "512"),

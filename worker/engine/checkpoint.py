@@ -3,7 +3,7 @@
     checkpoints/step-<n>/
       weights.safetensors   what is trained, fp32, by parameter name; frozen weights come from the base model again
       optimizer.pt          AdamW's moments; read back with weights_only=True alone, so no pickle ever runs
-      rng.pt                python's, numpy's and torch's generators (dropout draws from the last)
+      rng-<rank>.pt         python's, numpy's and torch's generators of a rank (dropout draws from the last)
       manifest.json         `Manifest`: where the run stood, and name, size and sha256 of each file
 
 It is written into .tmp-<step>-<random>/, every file fsynced, the manifest last, then renamed, then the parent fsynced:
@@ -22,9 +22,10 @@ import platform
 import random
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import peft
@@ -37,9 +38,10 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.spec import JobSpec
+from worker.engine.ranks import ALONE, Ranks
 from worker.job_directory import sync_folder
 
-WEIGHTS, OPTIMIZER, RNG, MANIFEST = "weights.safetensors", "optimizer.pt", "rng.pt", "manifest.json"
+WEIGHTS, OPTIMIZER, MANIFEST = "weights.safetensors", "optimizer.pt", "manifest.json"
 MOST_TRIED = 3  # the newest and two older ones
 FREE_SPACE_FACTOR = 2.2  # the old one stands until the new one verifies, and the job's result wants room too
 
@@ -78,7 +80,8 @@ class Manifest(BaseModel):
 
     format: int = 1
     progress: Progress
-    world: int = 1
+    world: int = 1  # ranks
+    zero_stage: int = 0
     threads: int
     versions: dict[str, str]
     spec_hash: str
@@ -104,55 +107,112 @@ class Unverified(Exception):
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
+class Written(Protocol):
+    """What of a run goes into files: worker.engine.learner."""
+
+    @property
+    def checkpoint_bytes(self) -> int: ...
+
+    def write(self, folder: Path) -> list[Path]: ...
+
+
 def save(
     folder: Path,
-    weights: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    learner: Written,
     progress: Progress,
     *,
     spec: JobSpec,
     threads: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
-    """Writes folder/step-<n> and returns it, verified. Raises NoSpace, and then leaves nothing behind."""
+    """Writes folder/step-<n> and returns it, verified. All ranks call it; each writes its own files into one staging
+    folder, the first does the rest. Raises NoSpace on all of them, and then leaves nothing behind."""
+    staging = folder / ranks.from_first(f".tmp-{progress.step}-{secrets.token_hex(4)}")
+    final = folder / f"step-{progress.step}"
+    try:
+        with _all_have_room(ranks):
+            if ranks.is_first:
+                _demand_room(folder, learner.checkpoint_bytes)
+                staging.mkdir()
+        with _all_have_room(ranks):
+            own = [*learner.write(staging), _write_rng(staging, ranks.rank)]
+            saved = [_synced(path) for path in own]
+        files = [file for of_rank in ranks.gather(saved) for file in of_rank]
+        with _all_have_room(ranks):
+            if ranks.is_first:
+                manifest = Manifest(
+                    progress=progress,
+                    world=ranks.size,
+                    zero_stage=0 if spec.parallel.zero_stage == "auto" else spec.parallel.zero_stage,
+                    threads=threads,
+                    versions=versions(),
+                    spec_hash=spec_hash(spec),
+                    files=tuple(files),
+                    step=progress.step,
+                    consumed=progress.consumed,
+                )
+                _publish(staging, final, manifest)
+    finally:
+        if ranks.is_first:
+            shutil.rmtree(staging, ignore_errors=True)
+    return final
+
+
+def _demand_room(folder: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    size = sum(weight.numel() * weight.element_size() for weight in weights.values()) * 3  # and two moments each
     free = shutil.disk_usage(folder).free
     if free < FREE_SPACE_FACTOR * size:
         raise NoSpace(f"{free:,} bytes are free, {round(FREE_SPACE_FACTOR * size):,} are wanted")
-    staging = folder / f".tmp-{progress.step}-{secrets.token_hex(4)}"
+
+
+def _publish(staging: Path, final: Path, manifest: Manifest) -> None:
+    with (staging / MANIFEST).open("w") as file:
+        json.dump(manifest.model_dump(mode="json"), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(staging)
+    if final.exists():  # damaged and passed over, or saved before its evaluation
+        hide(final)
+    staging.rename(final)
+    sync_folder(final.parent)
+    verify(final)
+    remove_leftovers(final.parent)
+
+
+@contextmanager
+def _all_have_room(ranks: Ranks) -> Iterator[None]:
+    """Where one rank has no room, all raise NoSpace: none may go on alone. It is also the point at which all have done
+    what is inside."""
+    problem: NoSpace | None = None
     try:
-        staging.mkdir()
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, staging / WEIGHTS)
-        torch.save(optimizer.state_dict(), staging / OPTIMIZER)
-        torch.save(rng_state(), staging / RNG)
-        manifest = Manifest(
-            progress=progress,
-            threads=threads,
-            versions=versions(),
-            spec_hash=spec_hash(spec),
-            files=tuple(_synced(staging / name) for name in (WEIGHTS, OPTIMIZER, RNG)),
-            step=progress.step,
-            consumed=progress.consumed,
-        )
-        with (staging / MANIFEST).open("w") as file:
-            json.dump(manifest.model_dump(mode="json"), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(staging)
-        final = folder / f"step-{progress.step}"
-        if final.exists():  # damaged and passed over, or saved before its evaluation
-            hide(final)
-        staging.rename(final)
-        sync_folder(folder)
-        verify(final)
-        remove_leftovers(folder)
+        yield
+    except NoSpace as error:
+        problem = error
     except (OSError, SafetensorError, RuntimeError) as error:
-        if is_want_of_space(error):
-            raise NoSpace(str(error)) from error
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return final
+        if not is_want_of_space(error):
+            raise
+        problem = NoSpace(str(error))
+        problem.__cause__ = error
+    (anyone,) = ranks.any(problem is not None)
+    if anyone:
+        raise problem or NoSpace("another rank had no room")
+
+
+def write_whole(folder: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Path]:
+    """What is trained and its moments, for a rank that holds all of it."""
+    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
+    torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+    return [folder / WEIGHTS, folder / OPTIMIZER]
+
+
+def _write_rng(folder: Path, rank: int) -> Path:
+    path = folder / rng_name(rank)
+    torch.save(rng_state(), path)
+    return path
+
+
+def rng_name(rank: int) -> str:
+    return f"rng-{rank}.pt"
 
 
 def is_want_of_space(error: BaseException) -> bool:
@@ -232,10 +292,15 @@ def read_manifest(path: Path) -> Manifest:
         raise Unverified(f"{path.name}: its manifest cannot be read ({type(error).__name__})") from error
 
 
+def files_of(manifest: Manifest) -> set[str]:
+    """What a checkpoint of this stage and so many ranks consists of."""
+    return {WEIGHTS, OPTIMIZER, *(rng_name(rank) for rank in range(manifest.world))}
+
+
 def verify(path: Path) -> Manifest:
     """Raises Unverified where a file is missing, cut or changed."""
     manifest = read_manifest(path)
-    if {file.name for file in manifest.files} != {WEIGHTS, OPTIMIZER, RNG}:
+    if {file.name for file in manifest.files} != files_of(manifest):
         raise Unverified(f"{path.name}: its manifest names other files")
     for saved in manifest.files:
         try:
@@ -330,5 +395,5 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def load_rng(path: Path) -> None:
-    set_rng_state(torch.load(path / RNG, map_location="cpu", weights_only=True))
+def load_rng(path: Path, rank: int) -> None:
+    set_rng_state(torch.load(path / rng_name(rank), map_location="cpu", weights_only=True))

@@ -9,14 +9,15 @@ from core.errors import UserError
 from core.wire import Device
 
 
-def find_device(name: str) -> tuple[torch.device, Device]:
-    """`name` as in inputs.json: cpu0, gpu3. With CUDA_VISIBLE_DEVICES set, the job's GPU is the first that is left.
+def find_device(name: str, place: int = 0) -> tuple[torch.device, Device]:
+    """`name` as in inputs.json: cpu0, gpu3; `place` is where it stands in that list. With CUDA_VISIBLE_DEVICES set, the
+    job's GPUs are the ones that are left, in the list's order.
 
     Raises UserError engine.no_device where torch cannot use it; it never falls back to the CPU."""
     if not name.startswith("gpu"):
         memory_bytes = psutil.virtual_memory().total
         return torch.device("cpu"), Device(id=name, kind="cpu", name="CPU", memory_bytes=memory_bytes)
-    index = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") else int(name.removeprefix("gpu"))
+    index = place if os.environ.get("CUDA_VISIBLE_DEVICES") else int(name.removeprefix("gpu"))
     try:
         properties = torch.cuda.get_device_properties(index)
         torch.zeros(1, device=torch.device("cuda", index))

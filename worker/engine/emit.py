@@ -6,6 +6,7 @@ so a resumed run in the same directory never gives a number twice.
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from core.events import BaseEvent, Failure, Phase, Warning, finite, to_line
+
+log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 
@@ -61,6 +64,19 @@ class Emitter:
 
     def fail(self, reason: str, text: str, remedy: str) -> None:
         self.emit(Failure, reason=reason, text=text, remedy=remedy)
+
+
+class NoEmitter:
+    """What a rank has that is not the first: its events are the first one's too. Warnings go to its log."""
+
+    def emit(self, kind: type[BaseEvent], **fields: Any) -> None: ...
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None: ...
+
+    def warn(self, code: str, text: str) -> None:
+        log.warning("%s: %s", code, text)
+
+    def fail(self, reason: str, text: str, remedy: str) -> None: ...
 
 
 def _mend_tail(path: Path) -> int:

@@ -1,10 +1,15 @@
 """How a run ends: what was raised, as an exit code, a reason, a sentence and what to do about it.
 
-outcome.json is the last thing that a trainer writes, whatever happened; none means that it was killed.
+outcome.json is the last thing that a trainer writes, whatever happened; none means that it was killed. Of several ranks
+the first to fail writes it, since its words name the cause, and no later one replaces it. A rank that only sees its
+peers go waits a moment for that one's words. If none come, the other was killed, and that is what it writes itself.
 """
 
 import logging
 import re
+import secrets
+import time
+from pathlib import Path
 
 import torch
 
@@ -13,10 +18,12 @@ from core.events import FailureReason
 from core.spec import Batch, JobSpec
 from worker.engine.checkpoint import NoSpace, is_want_of_space
 from worker.engine.signals import Stopped
-from worker.job_directory import EXIT_CODES, OutcomeFile
+from worker.job_directory import EXIT_CODES, OutcomeFile, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 
+# A traceback and a file's fsync, on a busy disk; torchrun kills the rest of the ranks after 30 s.
+CULPRIT_MAY_TAKE_S = 5.0
 # A CPU allocator says it in words only, and every release in other ones.
 CPU_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|DefaultCPUAllocator", re.IGNORECASE)
 # Faults of the data, and of what the plan made of it. Everything else that a person can mend is in the spec.
@@ -37,6 +44,37 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and CPU_OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def write_first(directory: Path, outcome: OutcomeFile) -> OutcomeFile:
+    """Writes outcome.json unless one stands, and returns the one that stands."""
+    path = directory / "outcome.json"
+    draft = directory / f".tmp-outcome-{secrets.token_hex(4)}"
+    write_json(draft, outcome)
+    try:
+        path.hardlink_to(draft)
+    except FileExistsError:
+        return OutcomeFile.model_validate_json(path.read_bytes())
+    finally:
+        draft.unlink()
+    sync_folder(directory)
+    return outcome
+
+
+def culprits_outcome(directory: Path) -> OutcomeFile:
+    """What the rank that failed first has to say, or that it said nothing."""
+    deadline = time.monotonic() + CULPRIT_MAY_TAKE_S
+    while time.monotonic() < deadline:
+        try:
+            return OutcomeFile.model_validate_json((directory / "outcome.json").read_bytes())
+        except FileNotFoundError:
+            time.sleep(0.05)
+    # The supervisor, which sees the exit status of each, does not believe this where a signal ended one.
+    return _outcome(
+        "internal",
+        "another rank of this job ended without a word, as a process does that is killed",
+        "see the memory of the host and what was going on there; resume goes on from the newest checkpoint",
+    )
 
 
 def outcome_of(error: BaseException, phase: str, step: int, spec: JobSpec | None) -> OutcomeFile:

@@ -50,7 +50,9 @@ def training_loss(model: LanguageModel, batch: Batch, scale: float) -> tuple[Ten
         return losses_T.sum() * scale, losses_T.detach()
     weights = [weight for weight in model.head_parameters() if weight.requires_grad]
     with model.head_gathered():
-        part, losses_T = _ChunkedLoss.apply(model, batch.targets_T, scale, features_TD, *weights)
+        part, losses_T = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch
+            model, batch.targets_T, scale, features_TD, *weights
+        )
     return part, losses_T
 
 
@@ -77,11 +79,10 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 losses_C = _losses(model, leaf_CD, targets_C)
                 inputs = [leaf_CD, *weights] if wants_features else list(weights)
-                found = torch.autograd.grad(losses_C.sum() * scale, inputs, allow_unused=True)
+                found = list(torch.autograd.grad(losses_C.sum() * scale, inputs, allow_unused=True))
             losses.append(losses_C.detach())
             if gradient_TD is not None:
-                of_features, *found = found
-                gradient_TD[start : start + len(targets_C)] = of_features
+                gradient_TD[start : start + len(targets_C)] = found.pop(0)
             for place, gradient in enumerate(found):
                 if gradient is not None:
                     total = gradients[place]
@@ -107,7 +108,8 @@ def _chunks(model: LanguageModel, features_TD: Tensor, targets_T: Tensor) -> Ite
 @torch.no_grad()
 def score(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """The losses of a micro-batch's targets, and which of them the model would have written itself."""
-    return model.enter(_score, model, batch)
+    losses_T, hits_T = model.enter(_score, model, batch)
+    return losses_T, hits_T
 
 
 def _score(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -126,7 +128,8 @@ def _score(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def logits_of(model: LanguageModel, batch: Batch) -> Tensor:
     """All logits at a small batch's targets, T x V in fp32: for probes and sample prompts."""
-    return model.enter(_logits, model, batch)
+    logits_TV: Tensor = model.enter(_logits, model, batch)
+    return logits_TV
 
 
 def _logits(model: LanguageModel, batch: Batch) -> Tensor:

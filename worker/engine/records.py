@@ -4,11 +4,10 @@
 twice after a resume, the last counts.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-
-from worker.engine.batches import StepBatch
 
 # Little-endian, 16 bytes, appended step by step.
 SAMPLE_RECORD = np.dtype([("step", "<u4"), ("sample", "<u4"), ("targets", "<u4"), ("loss_sum", "<f4")])
@@ -27,17 +26,11 @@ class SampleRecords:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def append(self, batch: StepBatch, loss_sums: list[float]) -> None:
-        samples = [sample for micro_batch in batch.batches for sample in micro_batch.sample_ids]
-        records = np.zeros(len(samples), SAMPLE_RECORD)
-        records["step"] = batch.work.step
-        records["sample"] = samples
-        records["targets"] = np.concatenate(
-            [
-                np.bincount(micro_batch.sample_of_target_T, minlength=len(micro_batch.sample_ids))
-                for micro_batch in batch.batches
-            ]
-        )
+    def append(self, step: int, sample_ids: Sequence[int], targets: Sequence[int], loss_sums: Sequence[float]) -> None:
+        records = np.zeros(len(sample_ids), SAMPLE_RECORD)
+        records["step"] = step
+        records["sample"] = sample_ids
+        records["targets"] = targets
         records["loss_sum"] = loss_sums
         self._file.write(records.tobytes())
         self._file.flush()

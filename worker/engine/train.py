@@ -1,26 +1,35 @@
-"""One fine-tune on one device, from a job directory to its result: `python -m worker.engine.train JOB_DIR`.
+"""One fine-tune, from a job directory to its result: `python -m worker.engine.train JOB_DIR` on one device, the same
+under `torchrun --standalone --nproc-per-node N` on several.
 
 Read `train` from top to bottom: data, plan, model, probe, longest batch, steps, result. Everything that a step needs
 is worked out before it by the same functions that the form's preview calls, so the loop decides nothing but when to
 look up: at a step border it stops if asked to, evaluates, saves. What it promises there:
 
   - A checkpoint holds all that the next step depends on, so a run that was killed and resumed makes the same steps; on
-    the CPU, with the same number of threads, the same to the last bit.
+    the CPU, with the same number of threads and ranks, the same to the last bit.
   - TERM is obeyed at the next border: checkpoint, then exit 75. Before the first step and while the result is written
-    there is nothing to save, so it is obeyed at once. USR1 asks for a checkpoint at the next border and nothing else.
+    there is nothing to save, so it is obeyed at once (of several ranks, between two phases). USR1 asks for a checkpoint
+    at the next border and nothing else.
   - A step whose loss or gradient is no number ends the run, before anything is saved over the good checkpoints.
   - outcome.json is the last act, whatever happened. One trainer at a time holds a directory, by a lock.
+
+All ranks read this article in step (worker.engine.ranks): they compute the same plan, each its own part of every step,
+and decide alike, since what they decide on is a sum over all of them. The first one alone writes what others read.
 
 What it writes beside the files of worker.job_directory: step_samples.bin (see worker.engine.records).
 """
 
+import contextlib
 import fcntl
+import hashlib
 import json
 import logging
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,34 +41,36 @@ from pydantic import TypeAdapter
 
 from core import events
 from core.errors import UserError
-from core.packing import sample_hash
+from core.packing import as_lengths, padded_efficiency, sample_hash
 from core.preflight import JobPlan, plan_job
 from core.schedule import lr_at
 from core.spec import JobSpec, batch_key, parse_spec
 from core.unbuilt import refuse_unbuilt
 from core.wire import MeasuredProfile
 from worker.engine import checkpoint
-from worker.engine.batches import Ahead, make_batch, steps_from
+from worker.engine.batches import Ahead, StepBatch, make_batch, steps_from
 from worker.engine.checkpoint import Manifest, NoSpace, Progress
 from worker.engine.data import Corpus, load_corpus
 from worker.engine.device import find_device
-from worker.engine.emit import Emitter
-from worker.engine.ending import Diverged, outcome_of
+from worker.engine.emit import Emitter, NoEmitter
+from worker.engine.ending import Diverged, culprits_outcome, outcome_of, write_first
 from worker.engine.evaluate import answer, evaluate
+from worker.engine.learner import Learner, Replica
 from worker.engine.loading import load_model
-from worker.engine.loss import backward
 from worker.engine.model import LanguageModel
 from worker.engine.models import profile_model
-from worker.engine.optimizer import hold_states, make_optimizer
+from worker.engine.optimizer import make_optimizer
 from worker.engine.probe import leaks, measure_leak
+from worker.engine.ranks import ALONE, Ranks, is_peer_gone, joined
 from worker.engine.records import SampleRecords
 from worker.engine.result import Facts, end_of_turn, save_result, stop_ids
 from worker.engine.signals import Signals, Stopped
 from worker.engine.tokenizer import HfChatTokenizer
-from worker.job_directory import EXIT_CODES, Inputs, OutcomeFile, write_atomically, write_json
+from worker.job_directory import EXIT_CODES, Inputs, OutcomeFile, write_atomically
 
 log = logging.getLogger(__name__)
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 MOST_FAILED_SAVES = 3  # in a row, for want of space
 
 
@@ -80,13 +91,23 @@ class Measured:
     last_loss: float | None = None
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What some rank was asked for, as all ranks have agreed: they act on it alike at the next border."""
+
+    stop: bool
+    checkpoint: bool
+    clock: bool  # so much time has passed since the last checkpoint
+
+
 @dataclass
 class Run:
     """What a process knows of its job, filled as it goes; it outlives a failure, which then says where it happened."""
 
     directory: Path
-    emitter: Emitter
+    emitter: Emitter | NoEmitter
     signals: Signals
+    ranks: Ranks = ALONE
     phase: str = "start"
     spec: JobSpec | None = None  # as far as it is resolved
     plan_fields: dict[str, Any] = field(default_factory=dict)
@@ -104,6 +125,24 @@ class Run:
         self.phase = phase
         self.emitter.phase(phase, done, total)
 
+    def obey(self) -> None:
+        """Between two phases, where there is nothing to save."""
+        if any(self.ranks.any(self.signals.stop_requested)):
+            raise Stopped
+
+    def let_stop_interrupt(self, may: bool) -> None:
+        """Whether a stop may end the work at any line: never that of one of several ranks, for the others would wait
+        for it in vain."""
+        self.signals.interrupts = may and self.ranks.size == 1
+
+    def own_wishes(self) -> tuple[bool, bool, bool]:
+        minutes = self.spec.checkpoint.every_minutes if self.spec is not None else None
+        clock = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        return self.signals.stop_requested, self.signals.checkpoint_requested, clock
+
+    def agree(self) -> Wishes:
+        return Wishes(*self.ranks.any(*self.own_wishes()))
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -111,12 +150,13 @@ class Ready:
 
     plan: JobPlan
     model: LanguageModel
-    optimizer: torch.optim.Optimizer
+    learner: Learner
     corpus: Corpus
     tokenizer: HfChatTokenizer
     ends: list[int]  # tokens that end a text
     context_length: int  # tokens
     threads: int
+    ranks: Ranks
 
     @property
     def spec(self) -> JobSpec:
@@ -128,29 +168,37 @@ class Ready:
 
 def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     """Trains the job of `run.directory` to its result; raises what ended it otherwise."""
-    emitter, signals = run.emitter, run.signals
-    signals.interrupts = True
+    emitter, ranks = run.emitter, run.ranks
+    run.let_stop_interrupt(True)
     inputs = Inputs.model_validate_json((run.directory / "inputs.json").read_bytes())
     asked = parse_spec(json.loads((run.directory / "spec.json").read_bytes()))
     run.spec = asked
     refuse_unbuilt(asked)
-    device, device_facts = find_device(inputs.devices[0])
-    run.checkpoints.mkdir(exist_ok=True)
-    checkpoint.remove_leftovers(run.checkpoints)
-    own = checkpoint.checkpoints_in(run.checkpoints)
-    # What this directory has reached lies behind whatever it once started from.
-    candidates = list(dict.fromkeys(path.resolve() for path in (*own, *map(Path, inputs.resume))))
-    resumed = checkpoint.newest_verified(candidates, emitter.warn)
+    refuse_other_ranks(ranks, inputs, asked)
+    device, device_facts = find_device(inputs.devices[ranks.local_rank % len(inputs.devices)], ranks.local_rank)
+    resumed = None
+    if ranks.is_first:
+        run.checkpoints.mkdir(exist_ok=True)
+        checkpoint.remove_leftovers(run.checkpoints)
+        own = checkpoint.checkpoints_in(run.checkpoints)
+        # What this directory has reached lies behind whatever it once started from.
+        candidates = list(dict.fromkeys(path.resolve() for path in (*own, *map(Path, inputs.resume))))
+        resumed = checkpoint.newest_verified(candidates, emitter.warn)
+    resumed = ranks.from_first(resumed)
     threads = resumed[1].threads if resumed else inputs.threads
     torch.set_num_threads(threads)
 
-    # Data: rows become samples, each token trained or not.
+    # Data: rows become samples, each token trained or not. The first rank does it, the others find it done.
     run.enter("tokenise")
     model_path = Path(inputs.model_path)
     tokenizer = HfChatTokenizer.load(model_path, asked.model.chat_template)
+    if not ranks.is_first:
+        ranks.wait_for_all()
     corpus = load_corpus(asked, inputs, tokenizer, lambda done, total: run.enter("tokenise", done, total))
-    write_profiles(run.directory / "profiles.json", corpus)
-    signals.obey()
+    if ranks.is_first:
+        write_profiles(run.directory / "profiles.json", corpus)
+        ranks.wait_for_all()
+    run.obey()
 
     # Plan: every step, its samples and its learning rate, before the first of them.
     run.enter("plan")
@@ -161,18 +209,21 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
 
     plan = plan_of(asked)
     run.spec = plan.spec
-    signals.obey()
+    ranks.agree_on("the plan", plan_hash(plan))
+    run.obey()
 
     # Model: weights, adapters, and what its family does differently.
     run.enter("load_model")
     checkpoint.seed_all(asked.seed)
     model = load_model(model_path, plan.spec, asked.compute.attention, device, emitter.warn)
-    signals.obey()
+    ranks.agree_on("the attention", model.attention)
+    checkpoint.seed_all(asked.seed + ranks.rank)  # dropout: each rank its own
+    run.obey()
 
     # Probe: a model on which packed samples see each other gets one sample a row, or is refused.
     run.enter("probe")
-    if plan.settings.mode in ("packed", "padding_free"):
-        leak = measure_leak(model, asked.seed)
+    if plan.settings.mode == "packed":
+        leak = ranks.from_first(measure_leak(model, asked.seed))
         if leaks(model, leak):
             plan = one_sample_a_row(run, plan, asked, leak, plan_of)
     weights = model.trainable()
@@ -184,27 +235,28 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     }
     emitter.emit(events.Plan, **run.plan_fields)
 
-    trained_end = end_of_turn(corpus, plan.selection.train.sample_ids.tolist(), tokenizer.tokenizer)
+    trained_end = end_of_turn(corpus, plan.selection.train, tokenizer.tokenizer)
     ends = stop_ids(model, tokenizer.tokenizer, trained_end)
-    optimizer = make_optimizer(model.trainable(), plan.spec, device, emitter.warn)
-    ready = Ready(plan, model, optimizer, corpus, tokenizer, ends, profile.context_length, threads)
+    optimizer = make_optimizer(weights, plan.spec, device, emitter.warn)
+    learner = Replica(model, optimizer, plan.spec, ranks)
+    ready = Ready(plan, model, learner, corpus, tokenizer, ends, profile.context_length, threads, ranks)
     if resumed:
         resume(run, ready, *resumed)
 
     # The largest pass first: if memory runs out, then now.
     run.enter("longest_batch")
     try_largest_batch(ready)
-    signals.obey()
+    run.obey()
 
-    signals.interrupts = False
+    run.let_stop_interrupt(False)
     make_steps(run, ready)
 
     # Result: saved, opened again, compared.
-    signals.interrupts = True
-    signals.obey()
+    run.let_stop_interrupt(True)
+    run.obey()
     run.enter("save_result")
     eval_loss = run.progress.eval_loss
-    if stops_early(plan.spec, run.progress) and take_best_weights(run, weights):
+    if stops_early(plan.spec, run.progress) and take_best_weights(run, learner):
         eval_loss = run.progress.best_eval_loss
     facts = Facts(
         base=inputs.model_name,
@@ -219,42 +271,46 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
         trainable_parameters=run.plan_fields["trainable_parameters"],
         total_parameters=run.plan_fields["total_parameters"],
     )
-    save_result(
-        run.directory / "result",
-        model,
-        tokenizer.tokenizer,
-        spec=plan.spec,
-        base_path=model_path,
-        ends=ends,
-        facts=facts,
-    )
-    signals.interrupts = False
+    if ranks.is_first:
+        save_result(
+            run.directory / "result",
+            model,
+            tokenizer.tokenizer,
+            spec=plan.spec,
+            base_path=model_path,
+            ends=ends,
+            facts=facts,
+        )
+    run.let_stop_interrupt(False)
 
 
-def make_steps(run: Run, ready: Ready) -> None:  # noqa: PLR0915 (the heart of the article)
+def make_steps(run: Run, ready: Ready) -> None:
     """All steps that are left, and what happens at the borders between them."""
-    plan, model, optimizer, spec, signals = ready.plan, ready.model, ready.optimizer, ready.spec, run.signals
-    weights = list(model.trainable().values())
+    plan, spec, ranks = ready.plan, ready.spec, ready.ranks
+    lengths = as_lengths(plan.lengths)
     run.enter("train", run.progress.step, plan.total_steps)
     run.saved_at = time.monotonic()
+    wishes = run.agree()
 
     with (
-        Ahead(steps_from(run.progress.step + 1, plan.total_steps, plan.step, ready.corpus)) as ahead,
-        SampleRecords(run.directory / "step_samples.bin") as records,
+        Ahead(steps_from(run.progress.step + 1, plan.total_steps, plan.step, ready.corpus, ranks.rank)) as ahead,
+        SampleRecords(run.directory / "step_samples.bin") if ranks.is_first else nullcontext() as records,
     ):
         while True:
             # -- at the border behind step `step`; 0 is the one before the first
             step = run.progress.step
             is_best = False
-            if step > run.progress.evaluated_step and plan.evaluates_after(step) and not signals.stop_requested:
+            if step > run.progress.evaluated_step and plan.evaluates_after(step) and not wishes.stop:
                 is_best = look_up(run, ready)
+                wishes = run.agree()
             is_last = step == plan.total_steps or stops_early(spec, run.progress)
-            is_due = is_last or signals.stop_requested or signals.checkpoint_requested or checkpoint_is_due(run, plan)
+            is_due = is_last or wishes.stop or wishes.checkpoint or checkpoint_is_due(plan, step, wishes)
             # A best one is saved anew even where one of this step stands, which then lacks its evaluation.
             if (step > run.saved_step and is_due) or (is_best and spec.checkpoint.keep_best > 0):
                 save_checkpoint(run, ready, is_best=is_best)
-            signals.checkpoint_requested = False
-            if signals.stop_requested:
+            if wishes.checkpoint:
+                run.signals.checkpoint_requested = False
+            if wishes.stop:
                 if run.saved_step < step:
                     raise NoSpace(f"the checkpoint at step {step} could not be saved")
                 raise Stopped
@@ -262,75 +318,128 @@ def make_steps(run: Run, ready: Ready) -> None:  # noqa: PLR0915 (the heart of t
                 return
 
             # -- the step
-            began = time.perf_counter()
             batch = ahead.next()
             work = batch.work
             assert work.step == step + 1
             learning_rate = lr_at(plan.schedule, work.step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            sums = []  # of the losses of each sample
-            for micro_batch in batch.batches:
-                on_device = micro_batch.to(model.device)
-                losses_T = backward(model, on_device, batch.num_targets)
-                zeros = torch.zeros(len(on_device.sample_ids), device=model.device)
-                sums.append(zeros.index_add_(0, on_device.sample_of_target_T, losses_T))
-            grad_norm = clip(weights, spec.optimizer.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            # The only place where this thread waits for the device.
-            norm, *sample_sums = torch.cat([grad_norm.reshape(1), *sums]).tolist()
-            loss = sum(sample_sums) / batch.num_targets
-            step_s = time.perf_counter() - began
+            made = make_step(ready, batch, learning_rate, run.own_wishes)
 
-            records.append(batch, sample_sums)
+            if records is not None:
+                targets = [plan.trained[sample] for sample in made.sample_ids]
+                records.append(work.step, made.sample_ids, targets, made.loss_sums)
             digest = sample_hash(work.sample_ids)
             run.progress = run.progress.model_copy(
                 update={
                     "step": work.step,
                     "epoch": work.epoch,
                     "consumed": run.progress.consumed + len(work.sample_ids),
-                    "trained_tokens": run.progress.trained_tokens + batch.num_targets,
+                    "trained_tokens": run.progress.trained_tokens + work.num_targets,
                     "sample_hash": digest,
                 }
             )
             layout = work.layout
-            assert layout.slots == sum(micro_batch.slots for micro_batch in batch.batches)
-            memory_peak_bytes = memory_peak(model.device)
             run.emitter.emit(
                 events.Step,
                 step=work.step,
                 epoch=work.epoch,
-                loss=loss,
+                loss=made.loss,
                 learning_rate=learning_rate,
-                grad_norm=norm,
-                trained_tokens=batch.num_targets,
+                grad_norm=made.grad_norm,
+                trained_tokens=work.num_targets,
                 tokens=layout.tokens,
                 slots=layout.slots,
                 rows=layout.rows,
                 padding_efficiency=layout.padding_efficiency,
-                padded_efficiency=work.padded_efficiency,
-                tokens_per_s=layout.tokens / step_s,
-                step_s=step_s,
+                padded_efficiency=padded_efficiency(work.sample_ids, lengths),
+                tokens_per_s=layout.tokens / made.seconds,
+                step_s=made.seconds,
                 wait_s=ahead.wait_s,
-                memory_peak_bytes=memory_peak_bytes,
-                comm_bytes=0,
+                memory_peak_bytes=made.memory_peak_bytes,
+                comm_bytes=made.comm_bytes,
                 sample_hash=digest,
             )
-            if not (np.isfinite(loss) and np.isfinite(norm)):
-                raise Diverged(work.step, loss, norm, learning_rate)
+            if not (np.isfinite(made.loss) and np.isfinite(made.grad_norm)):
+                raise Diverged(work.step, made.loss, made.grad_norm, learning_rate)
             measured = run.measured
             measured.steps += 1
             measured.tokens += layout.tokens
             measured.slots += layout.slots
-            measured.trained_tokens += batch.num_targets
-            measured.step_s += step_s
+            measured.trained_tokens += work.num_targets
+            measured.step_s += made.seconds
             measured.wait_s += ahead.wait_s
-            measured.memory_peak_bytes = max(measured.memory_peak_bytes, memory_peak_bytes)
-            measured.last_loss = loss
+            measured.memory_peak_bytes = max(measured.memory_peak_bytes, made.memory_peak_bytes)
+            measured.last_loss = made.loss
+            # Alone, what is asked for at this very moment counts too.
+            wishes = made.wishes if ranks.size > 1 else run.agree()
+
+
+@dataclass(frozen=True)
+class Made:
+    """An optimizer step as it went, the same on every rank."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    sample_ids: tuple[int, ...]  # of all ranks, in the order of the layout
+    loss_sums: tuple[float, ...]  # of each of them
+    wishes: Wishes
+    seconds: float
+    memory_peak_bytes: int  # of the rank that had the most
+    comm_bytes: int  # of this rank
+
+
+def make_step(
+    ready: Ready, batch: StepBatch, learning_rate: float, own_wishes: Callable[[], tuple[bool, bool, bool]]
+) -> Made:
+    """One optimizer step. Ranks meet for the gradient, and once more at its end, where this thread waits for its device
+    for the only time: each puts the loss sums of its samples at their places among all, its wishes and its peak."""
+    model, learner, ranks, layout = ready.model, ready.learner, ready.ranks, batch.work.layout
+    began, bytes_before = time.perf_counter(), ranks.traffic.bytes
+    of_rank = [[sample for rows in passes for row in rows for sample in row] for passes in layout.ranks]
+    first = sum(map(len, of_rank[: ranks.rank]))
+    num_samples = sum(map(len, of_rank))
+
+    sums = []  # of the losses of each sample
+    for number, micro_batch in enumerate(batch.batches, start=1):
+        on_device = micro_batch.to(model.device)
+        losses_T = learner.backward(on_device, batch.num_targets, is_last=number == len(batch.batches))
+        zeros = torch.zeros(len(on_device.sample_ids), device=model.device)
+        sums.append(zeros.index_add_(0, on_device.sample_of_target_T, losses_T))
+    grad_norm = learner.update(learning_rate)
+
+    told = torch.zeros(num_samples + 4 + ranks.size, dtype=torch.float64, device=model.device)
+    told[first : first + len(of_rank[ranks.rank])] = torch.cat(sums)
+    told[num_samples : num_samples + 3] = torch.tensor(own_wishes())
+    if ranks.is_first:  # all have the same norm, but only one has to be believed
+        told[num_samples + 3] = grad_norm
+    told[num_samples + 4 + ranks.rank] = memory_peak(model.device)
+    *loss_sums, stop, save, clock, norm = (values := ranks.sum_(told).tolist())[: num_samples + 4]
+    return Made(
+        loss=sum(loss_sums) / batch.num_targets,
+        grad_norm=norm,
+        sample_ids=tuple(sample for samples in of_rank for sample in samples),
+        loss_sums=tuple(loss_sums),
+        wishes=Wishes(stop > 0, save > 0, clock > 0),
+        seconds=time.perf_counter() - began,
+        memory_peak_bytes=int(max(values[num_samples + 4 :])),
+        comm_bytes=ranks.traffic.bytes - bytes_before,
+    )
 
 
 # -- before the first step -------------------------------------------------------------------------------------------
+
+
+def refuse_other_ranks(ranks: Ranks, inputs: Inputs, spec: JobSpec) -> None:
+    if not ranks.size == inputs.ranks == spec.parallel.devices:
+        raise UserError(
+            "engine.ranks", "parallel.devices", ranks=ranks.size, given=inputs.ranks, devices=spec.parallel.devices
+        )
+
+
+def plan_hash(plan: JobPlan) -> str:
+    """Of what ranks have to have in common before they divide the work."""
+    first, last = (plan.step(number) for number in (1, plan.total_steps))
+    common = [plan.spec.model_dump(mode="json"), plan.total_steps, first.layout.ranks, last.layout.ranks]
+    return hashlib.sha256(json.dumps(common).encode()).hexdigest()
 
 
 def write_profiles(path: Path, corpus: Corpus) -> None:
@@ -346,16 +455,15 @@ def one_sample_a_row(
     Raises UserError engine.leak where steps are made of rows, which would then be other steps."""
     if batch_key(asked.batch) == "rows_per_step":
         raise UserError("engine.leak", "packing.mode", leak=leak)
-    one_a_row = asked.packing.model_copy(update={"mode": "padded", "algorithm": "best_fit"})
-    alone = plan_of(asked.model_copy(update={"packing": one_a_row}))
-    packed, padded = plan.packing.mine, plan.packing.of("padded")
+    alone = plan_of(asked.model_copy(update={"packing": asked.packing.model_copy(update={"mode": "padded"})}))
+    packing = plan.packing_report()
     run.spec = alone.spec
     run.emitter.warn(
         "leak",
         f"this model lets packed samples see each other (a changed neighbour moves their hidden states by {leak:.2g} "
-        f"of the scale), so each sample gets its own row: the same steps, but {padded.rows:,} rows an epoch "
-        f"instead of {packed.rows:,}, with {padded.slots:,} slots instead of {packed.slots:,}; "
-        "expect it to take longer",
+        f"of the scale), so each sample gets its own row: the same steps, but {packing.padded.rows:,} rows an epoch "
+        f"instead of {packing.packed.rows:,}, with {packing.padded.slots:,} slots instead of "
+        f"{packing.packed.slots:,}; expect it to take longer",
     )
     return alone
 
@@ -368,25 +476,19 @@ def resume(run: Run, ready: Ready, path: Path, manifest: Manifest) -> None:
         raise UserError("engine.past_the_end", "schedule.epochs", step=progress.step, total_steps=plan.total_steps)
     if sample_hash(plan.step(progress.step).sample_ids) != progress.sample_hash:
         raise UserError("engine.other_data", "data.train", step=progress.step)
-    checkpoint.load_weights(path, progress.step, ready.model.trainable())
-    checkpoint.load_optimizer(path, ready.optimizer)
-    checkpoint.load_rng(path)
+    ready.learner.read(path, manifest)
+    if manifest.world == ready.ranks.size:
+        checkpoint.load_rng(path, ready.ranks.rank)
     run.progress = progress
     run.saved_step = progress.step if path.parent == run.checkpoints.resolve() else 0
     log.info("resumed from %s", path)
 
 
 def try_largest_batch(ready: Ready) -> None:
-    """Forward and backward over the largest micro-batch, with room held for AdamW's moments; leaves no trace."""
+    """Forward and backward over the largest micro-batch, on all ranks; leaves no trace."""
     state = checkpoint.rng_state()
-    model, optimizer = ready.model, ready.optimizer
-    held = None if optimizer.state else hold_states(model.trainable(), ready.spec, model.device)
     batch = make_batch(ready.plan.largest_micro_batch(), ready.corpus)
-    backward(model, batch.to(model.device), batch.num_targets)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    optimizer.zero_grad(set_to_none=True)
-    del held
+    ready.learner.try_batch(batch.to(ready.model.device))
     checkpoint.set_rng_state(state)
 
 
@@ -395,15 +497,19 @@ def try_largest_batch(ready: Ready) -> None:
 
 def look_up(run: Run, ready: Ready) -> bool:
     """The held-out loss and the answers to sample prompts, as events; whether the loss is the best so far."""
-    plan, model, tokenizer = ready.plan, ready.model, ready.tokenizer
+    plan, model, tokenizer, ranks = ready.plan, ready.model, ready.tokenizer, ready.ranks
     step = run.progress.step
+
+    def should_stop() -> bool:
+        return any(ranks.any(run.signals.stop_requested))
+
     run.enter("evaluate")
     is_best = False
     evaluation = None
     if plan.validation_ids:
         layouts = plan.validation_layouts()
-        batches = (make_batch(rows, ready.corpus) for layout in layouts for rows in layout.ranks[0])
-        evaluation = evaluate(model, batches, lambda: run.signals.stop_requested)
+        batches = (make_batch(rows, ready.corpus) for layout in layouts for rows in layout.ranks[ranks.rank])
+        evaluation = evaluate(model, batches, should_stop, ranks)
         if evaluation is None:  # told to stop: it is measured again after the resume
             return False
         run.emitter.emit(
@@ -416,9 +522,9 @@ def look_up(run: Run, ready: Ready) -> bool:
         best = run.progress.best_eval_loss
         is_best = bool(np.isfinite(evaluation.loss)) and (best is None or evaluation.loss < best)
     for prompt in plan.spec.evaluation.sample_prompts:
-        if run.signals.stop_requested:
+        if should_stop():
             return False
-        written = answer(model, prompt_ids(prompt, tokenizer), frozenset(ready.ends), ready.context_length)
+        written = answer(model, prompt_ids(prompt, tokenizer), frozenset(ready.ends), ready.context_length, ranks)
         text = tokenizer.tokenizer.decode(written, skip_special_tokens=True)
         run.emitter.emit(events.Sample, step=step, prompt=prompt, text=text)
     update: dict[str, Any] = {"evaluated_step": step}
@@ -447,16 +553,14 @@ def stops_early(spec: JobSpec, progress: Progress) -> bool:
     return patience is not None and progress.evaluations_since_best >= patience
 
 
-def checkpoint_is_due(run: Run, plan: JobPlan) -> bool:
+def checkpoint_is_due(plan: JobPlan, step: int, wishes: Wishes) -> bool:
     """By the clock, by steps, at an epoch's end: they add up."""
-    wanted, step = plan.spec.checkpoint, run.progress.step
+    wanted = plan.spec.checkpoint
     if step == 0:
         return False
     if wanted.every_steps is not None and step % wanted.every_steps == 0:
         return True
-    if wanted.every_epoch and plan.ends_epoch(step):
-        return True
-    return wanted.every_minutes is not None and time.monotonic() - run.saved_at >= 60 * wanted.every_minutes
+    return wishes.clock or (wanted.every_epoch and plan.ends_epoch(step))
 
 
 def save_checkpoint(run: Run, ready: Ready, *, is_best: bool) -> None:
@@ -465,11 +569,11 @@ def save_checkpoint(run: Run, ready: Ready, *, is_best: bool) -> None:
     try:
         path = checkpoint.save(
             run.checkpoints,
-            ready.model.trainable(),
-            ready.optimizer,
+            ready.learner,
             run.progress,
             spec=ready.spec,
             threads=ready.threads,
+            ranks=ready.ranks,
         )
     except NoSpace as error:
         run.failed_saves += 1
@@ -479,28 +583,23 @@ def save_checkpoint(run: Run, ready: Ready, *, is_best: bool) -> None:
         return
     run.failed_saves = 0
     run.saved_step = run.progress.step
+    if not ready.ranks.is_first:
+        return
     manifest = checkpoint.read_manifest(path)
     relative = path.relative_to(run.directory).as_posix()
     run.emitter.emit(events.Checkpoint, step=run.progress.step, path=relative, bytes=manifest.bytes, best=is_best)
     checkpoint.prune(run.checkpoints, ready.spec.checkpoint.keep_last, ready.spec.checkpoint.keep_best)
 
 
-def take_best_weights(run: Run, weights: dict[str, torch.nn.Parameter]) -> bool:
+def take_best_weights(run: Run, learner: Learner) -> bool:
     """A run that stopped because it got worse hands out what it was at its best, where that was kept."""
-    best = checkpoint.best_in(run.checkpoints)
+    best = run.ranks.from_first(checkpoint.best_in(run.checkpoints))
     source = "the last step, for none of the best evaluation was kept" if best is None else best.name
     run.emitter.warn("early_stopping", f"stopped early at step {run.progress.step}; the result is that of {source}")
     if best is None:
         return False
-    checkpoint.load_weights(best, run.progress.step, weights)
+    learner.read_weights(best, checkpoint.read_manifest(best))
     return True
-
-
-def clip(weights: list[torch.nn.Parameter], max_norm: float | None) -> torch.Tensor:
-    """The gradient's norm as it was; it is shortened to `max_norm` where it is longer."""
-    if max_norm is None:
-        return torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-    return torch.nn.utils.clip_grad_norm_(weights, max_norm)
 
 
 def memory_peak(device: torch.device) -> int:
@@ -515,19 +614,25 @@ def memory_peak(device: torch.device) -> int:
 
 def main(job_dir: Path) -> int:
     """Trains the job in `job_dir` and returns the exit code that outcome.json holds."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    transformers.utils.logging.disable_progress_bar()
-    with (job_dir / ".trainer.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.error("another trainer is at work in %s", job_dir)
-            return EXIT_CODES["internal"]
-        if _is_finished(job_dir):
-            return 0
-        (job_dir / "outcome.json").unlink(missing_ok=True)
-        with Emitter(job_dir / "events.jsonl") as emitter, Signals().installed() as signals:
-            return _end(Run(job_dir, emitter, signals), time.monotonic())
+    if _is_finished(job_dir):
+        return 0
+    with contextlib.ExitStack() as stack:
+        is_first = os.environ.get("RANK", "0") == "0"
+        if is_first:
+            lock = stack.enter_context((job_dir / ".trainer.lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.error("another trainer is at work in %s", job_dir)
+                return EXIT_CODES["internal"]
+            (job_dir / "outcome.json").unlink(missing_ok=True)
+        # The others wait in here until the first one holds the lock.
+        ranks = stack.enter_context(joined(job_dir))
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
+        transformers.utils.logging.disable_progress_bar()
+        emitter = stack.enter_context(Emitter(job_dir / "events.jsonl")) if is_first else NoEmitter()
+        signals = stack.enter_context(Signals().installed())
+        return _end(Run(job_dir, emitter, signals, ranks), time.monotonic())
 
 
 def _is_finished(job_dir: Path) -> bool:
@@ -547,7 +652,11 @@ def _end(run: Run, began: float) -> int:
         finally:
             run.signals.interrupts = False
     except Exception as error:  # noqa: BLE001 (the border of the process: it becomes outcome.json and an event)
-        outcome = outcome_of(error, run.phase, run.progress.step, run.spec)
+        if run.ranks.size > 1 and is_peer_gone(error):
+            log.error("a collective failed in the phase %s: %s", run.phase, error)
+            outcome = culprits_outcome(run.directory)
+        else:
+            outcome = outcome_of(error, run.phase, run.progress.step, run.spec)
     is_stopped = outcome.reason == "stopped"
     if outcome.reason is not None:
         log.log(
@@ -555,6 +664,9 @@ def _end(run: Run, began: float) -> int:
         )
         if not is_stopped:
             run.emitter.fail(outcome.reason, outcome.text, outcome.remedy)
+    if not run.ranks.is_first:
+        # A success or a stop is the first one's to tell, for it is not through before its result is written.
+        return write_first(run.directory, outcome).code if outcome.code and not is_stopped else outcome.code
     run.emitter.emit(
         events.End,
         outcome="succeeded" if outcome.code == 0 else "stopped" if is_stopped else "failed",
@@ -575,8 +687,7 @@ def _end(run: Run, began: float) -> int:
         "outcome": outcome.model_dump(mode="json"),
     }
     write_atomically(run.directory / "report.json", json.dumps(report, ensure_ascii=False, indent=1).encode())
-    write_json(run.directory / "outcome.json", outcome)
-    return outcome.code
+    return write_first(run.directory, outcome).code
 
 
 if __name__ == "__main__":

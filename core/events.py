@@ -74,6 +74,9 @@ class Plan(BaseEvent):
     fill: float
     trainable_parameters: int
     total_parameters: int
+    quantised_parameters: int = 0  # of them, those that lie in 4 bits
+    trainable_by_kind: dict[str, int] = {}  # parameters by the last name of their layer: q_proj, experts, ...
+    weight_bytes: dict[str, int] = {}  # what the weights take, by the type that they lie in: nf4, bfloat16, float32
     attention: str
     counts: dict[str, int]  # every row of the data under what became of it
     choices: tuple[Choice, ...] = ()

@@ -158,7 +158,7 @@ def test_the_worker_token_is_in_no_file_that_others_can_read(house: House) -> No
         ({"lerning_rate": 1}, "/spec/lerning_rate", "did you mean"),
         ({"batch": {"samples_per_step": 1, "rows_per_step": 2}}, "/spec/batch/samples_per_step", "rows_per_step"),
         ({"data": {"train": [{"dataset": "arithmetics"}]}}, "/spec/data/train/0/dataset", "arithmetic"),
-        ({"method": {"type": "qlora"}}, "/spec/method/type", "not built yet"),
+        ({"model": {"revision": "main"}}, "/spec/model/revision", "not built yet"),
     ],
 )
 def test_a_bad_spec_is_refused_with_field_and_remedy(

@@ -10,10 +10,11 @@ from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 
 from tests.engine import tiny
+from worker.engine import result
 from worker.engine.batches import Batch
 from worker.engine.loss import logits_of
 from worker.engine.model import LanguageModel, relative_difference
-from worker.engine.result import BrokenResult, end_of_turn, verify_adapter, verify_model
+from worker.engine.result import BrokenResult, bring_to, end_of_turn, verify_model
 
 VARIANTS = [
     {},
@@ -32,6 +33,10 @@ def trained(folder: Path, **method: object) -> LanguageModel:
     optimizer.step()
     model.model.eval()
     return model
+
+
+def verify_adapter(folder: Path, model: LanguageModel, base: Path, method: str = "lora") -> None:
+    result.verify_adapter(folder, model, base, tiny.spec_of(method={"type": method}).method)
 
 
 def batch() -> Batch:
@@ -141,7 +146,7 @@ def test_a_model_in_bf16_is_saved_as_it_came_and_verifies(tmp_path: Path) -> Non
     tiny.tiny_base().to(torch.bfloat16).save_pretrained(tmp_path / "base")
     model = tiny.load(tmp_path / "base", method={"type": "full"}, compute={"dtype": "bf16"})
     assert model.base.dtype == torch.float32
-    model.base.to(torch.bfloat16)
+    bring_to(torch.bfloat16, model.base)
     model.model.eval()
     model.base.save_pretrained(tmp_path / "result")
     verify_model(tmp_path / "result", model)

@@ -1,6 +1,7 @@
 """Random models of a few thousand weights, of several families, and samples to train them on."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,11 +88,18 @@ def spec_of(**parts: dict) -> JobSpec:
     return parse_spec({"data": {"train": [{"dataset": "given"}]}, "compute": compute, **parts})
 
 
-def load(folder: Path, attention: str = "flash", **parts: dict) -> LanguageModel:
+def load(folder: Path, attention: str = "flash", new_token_ids: Sequence[int] = (), **parts: dict) -> LanguageModel:
     torch.manual_seed(1)
     warnings: list[tuple[str, str]] = []
+    spec = spec_of(**parts)
     model = load_model(
-        folder, spec_of(**parts), attention, torch.device("cpu"), lambda code, text: warnings.append((code, text))
+        folder,
+        spec,
+        attention,
+        torch.device("cpu"),
+        lambda code, text: warnings.append((code, text)),
+        adapter_path=None if spec.model.adapter is None else Path(spec.model.adapter),
+        new_token_ids=new_token_ids,
     )
     model.warnings = warnings  # type: ignore[attr-defined]
     return model

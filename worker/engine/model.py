@@ -190,5 +190,6 @@ def quiet_libraries() -> Iterator[None]:
     transformers 5.17 only know the old names; PEFT doubts GPT-2's tied weights, which come back equal all the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`", UserWarning)
         yield

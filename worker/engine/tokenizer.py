@@ -9,7 +9,9 @@ What is known to differ between families:
 - Llama 3.x templates write the day's date unless they are given one, so a sample's tokens change at midnight.
 - A generation block inside a macro or a {% set %} block is reported where it was called, not where its text ends up.
 - Where a tokenizer doesn't flag its end-of-turn token as special, what generation_config.json names as an end counts.
-- A built-in template's turn marks are ordinary text to a tokenizer that has no such tokens; none are added.
+- A built-in template's turn marks are ordinary text to a tokenizer that has no such tokens, a handful of them for each
+  mark, none of which says "the end" and nothing else. So they are added, as special tokens, and the model gets rows for
+  them (worker.engine.loading). A template of the model's own is taken as it is.
 """
 
 import json
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 Guard = Callable[[], AbstractContextManager[None]]
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TURN_MARK = re.compile(r"<\|\w+\|>")
 # What a template's own operations may raise, beside jinja's errors: "a" + None, messages[9], x / 0 and the like.
 TEMPLATE_FAULTS = (
     jinja2.TemplateError,
@@ -63,6 +66,7 @@ class HfChatTokenizer:
             raise UserError("model.slow_tokenizer", "model.base", kind=type(tokenizer).__name__)
         self.tokenizer = tokenizer
         self._template, self._template_with_tools = _choose_templates(tokenizer.chat_template, chat_template)
+        self.added_ids = () if chat_template is None else add_turn_marks(tokenizer, BUILT_IN_TEMPLATES[chat_template])
         self._guard = guard
         for template in (self._template, self._template_with_tools):
             if template is not None:
@@ -155,6 +159,16 @@ class HfChatTokenizer:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._rust.decode(token_ids, skip_special_tokens=False)
+
+
+def add_turn_marks(tokenizer: "PreTrainedTokenizerBase", template: str) -> tuple[int, ...]:
+    """Adds those of the template's marks that are no token yet, and returns their ids."""
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab()
+    lacking = [mark for mark in dict.fromkeys(TURN_MARK.findall(template)) if mark not in known]
+    tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in lacking], special_tokens=True)
+    return tuple(tokenizer.convert_tokens_to_ids(mark) for mark in lacking)
 
 
 def _choose_templates(own: str | dict[str, str] | None, name: str | None) -> tuple[str | None, str | None]:

@@ -58,14 +58,16 @@ from worker.engine.evaluate import answer, evaluate
 from worker.engine.learner import Learner, Replica
 from worker.engine.loading import load_model
 from worker.engine.model import LanguageModel
+from worker.engine.model_card import Facts
 from worker.engine.models import profile_model
 from worker.engine.optimizer import make_optimizer
 from worker.engine.probe import leaks, measure_leak
 from worker.engine.ranks import ALONE, Ranks, is_peer_gone, joined
 from worker.engine.records import SampleRecords
-from worker.engine.result import Facts, end_of_turn, save_result, stop_ids
+from worker.engine.result import end_of_turn, save_result, stop_ids
 from worker.engine.signals import Signals, Stopped
 from worker.engine.tokenizer import HfChatTokenizer
+from worker.engine.weights import report_weights
 from worker.job_directory import EXIT_CODES, Inputs, OutcomeFile, write_atomically
 
 log = logging.getLogger(__name__)
@@ -215,7 +217,15 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     # Model: weights, adapters, and what its family does differently.
     run.enter("load_model")
     checkpoint.seed_all(asked.seed)
-    model = load_model(model_path, plan.spec, asked.compute.attention, device, emitter.warn)
+    model = load_model(
+        model_path,
+        plan.spec,
+        asked.compute.attention,
+        device,
+        emitter.warn,
+        adapter_path=Path(asked.model.adapter) if asked.model.adapter else None,
+        new_token_ids=tokenizer.added_ids,
+    )
     ranks.agree_on("the attention", model.attention)
     checkpoint.seed_all(asked.seed + ranks.rank)  # dropout: each rank its own
     run.obey()
@@ -229,8 +239,7 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     weights = model.trainable()
     run.plan_fields = {
         **plan.plan_event(),
-        "trainable_parameters": sum(weight.numel() for weight in weights.values()),
-        "total_parameters": model.num_parameters(),
+        **report_weights(model.model).plan_event(),
         "attention": model.attention,
     }
     emitter.emit(events.Plan, **run.plan_fields)

@@ -22,7 +22,6 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from operator import itemgetter
 from typing import Literal, NamedTuple, Protocol
 
 from core.conversation import Conversation, Parsed, PromptCompletion, RawText, to_template_messages
@@ -45,11 +44,22 @@ class Rendering:
     generated: tuple[tuple[int, int], ...] = ()  # what stands in {% generation %} blocks; () where there are none
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    ids: Sequence[int]
-    offsets: Sequence[tuple[int, int]]  # characters of the text, untrimmed: a token's leading space belongs to it
-    special: Sequence[bool]  # the tokenizer's special tokens, such as an end of turn
+class Encoding(Protocol):
+    """The tokens of a text. Only a few of them are ever asked where they stand, so a tokenizer need not say it of all.
+
+    A token's leading space belongs to it."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+    def first_from(self, character: int) -> int:
+        """Index of the first token that begins at this character or behind it."""
+
+    def end_of(self, index: int) -> int:
+        """The character behind the token."""
+
+    def is_special(self, index: int) -> bool:
+        """One of the tokenizer's special tokens, such as an end of turn."""
 
 
 class ChatTokenizer(Protocol):
@@ -75,20 +85,29 @@ class ChatTokenizer(Protocol):
 
     def encode(self, text: str) -> Encoding: ...
 
-    def encode_batch(self, texts: list[str]) -> list[Encoding]: ...
+    def encode_batch(self, texts: list[str]) -> Sequence[Encoding]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     token_ids: tuple[int, ...]
-    trained: tuple[bool, ...]  # as long as token_ids; the first is never a target, so never True
+    runs: tuple[Span, ...]  # the trained tokens, in order and apart; the first token is never a target, so in none
     num_turns: int  # assistant turns trained
     fell_back: bool = False  # `whole` was asked, but the template rewrites this conversation's history
+    num_tokens_if_split: int = 0  # of all the samples that `split` would have made of the conversation
+
+    @property
+    def trained(self) -> tuple[bool, ...]:
+        """Of each token."""
+        mask = [False] * len(self.token_ids)
+        for start, end in self.runs:
+            mask[start:end] = [True] * (end - start)
+        return tuple(mask)
 
     @property
     def num_trained(self) -> int:
         """Targets. 0 is a reason for the caller to refuse the row."""
-        return sum(self.trained)
+        return sum(end - start for start, end in self.runs)
 
 
 # -- conversation -> samples ----------------------------------------------------------------------------------------
@@ -106,23 +125,40 @@ def build_samples_many(
     conversations: Iterable[Parsed], tokenizer: ChatTokenizer, *, train_on: TrainOn, multi_turn: MultiTurn
 ) -> list[list[Sample] | UserError]:
     """`build_samples` of each, encoded in one batch; a refused conversation gives its error in its place."""
-    drafted: list[list[_Draft] | UserError] = []
-    for conversation in conversations:
-        try:
-            drafted.append(_draft(conversation, tokenizer, train_on, multi_turn))
-        except UserError as error:
-            drafted.append(error)
-    texts = [draft.text for drafts in drafted if not isinstance(drafts, UserError) for draft in drafts]
-    encodings = iter(tokenizer.encode_batch(texts))
-    return [
-        drafts
-        if isinstance(drafts, UserError)
-        else [
-            _finish(draft, encoding, tokenizer)
-            for draft, encoding in zip(drafts, islice(encodings, len(drafts)), strict=True)
+    drafts = Drafts(conversations, tokenizer, train_on=train_on, multi_turn=multi_turn)
+    return drafts.finish(tokenizer.encode_batch(drafts.texts))
+
+
+class Drafts:
+    """Conversations that are rendered and wait for their tokens: encoding is another thread's work, if it likes."""
+
+    def __init__(
+        self, conversations: Iterable[Parsed], tokenizer: ChatTokenizer, *, train_on: TrainOn, multi_turn: MultiTurn
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._drafted: list[list[_Draft] | UserError] = []
+        for conversation in conversations:
+            try:
+                self._drafted.append(_draft(conversation, tokenizer, train_on, multi_turn))
+            except UserError as error:
+                self._drafted.append(error)
+
+    @property
+    def texts(self) -> list[str]:
+        return [draft.text for drafts in self._drafted if not isinstance(drafts, UserError) for draft in drafts]
+
+    def finish(self, encodings: Iterable[Encoding]) -> list[list[Sample] | UserError]:
+        """The samples of each conversation, given the encodings of `texts`."""
+        source = iter(encodings)
+        return [
+            drafts
+            if isinstance(drafts, UserError)
+            else [
+                _finish(draft, encoding, self._tokenizer)
+                for draft, encoding in zip(drafts, islice(source, len(drafts)), strict=True)
+            ]
+            for drafts in self._drafted
         ]
-        for drafts in drafted
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +169,7 @@ class _Draft:
     spans: tuple[Span, ...]
     num_turns: int
     are_turns: bool = True  # the spans are assistant turns, so their ends are set by the end-of-turn token
+    ends_if_split: tuple[int, ...] = ()  # of `whole`: where the text of each turn's own sample would end
     are_marked: bool = False
     is_plain: bool = False  # no template wrote this text, so it gets the tokenizer's own begin and end
     fell_back: bool = False
@@ -212,9 +249,22 @@ def _draft_whole(renderer: _Renderer, train_on: TrainOn) -> _Draft | None:
         spans = [border for border in borders if border is not None]
         if len(spans) < len(masked):
             return None
+    ends = _ends_if_split(renderer, trained, marks)
     if train_on == "all":
-        return _Draft(text, _complement(spans, len(text)), len(trained), are_turns=False)
-    return _Draft(text, tuple(spans), len(trained), are_marked=marks is not None)
+        spans_all = _complement(spans, len(text))
+        return _Draft(text, spans_all, len(trained), are_turns=False, ends_if_split=ends)
+    return _Draft(text, tuple(spans), len(trained), are_marked=marks is not None, ends_if_split=ends)
+
+
+def _ends_if_split(renderer: _Renderer, trained: Sequence[int], marks: Sequence[Span] | None) -> tuple[int, ...]:
+    """Behind a turn's marks stands what the template writes after every turn; the last one shows how much that is."""
+    text = renderer.whole().text
+    if marks is None:
+        return tuple(len(renderer.up_to(turn + 1).text) for turn in trained)
+    is_last = bool(renderer.turns) and renderer.turns[-1] == len(renderer.messages) - 1
+    behind = len(text) - marks[-1].end if is_last else 0
+    end_of = dict(zip(renderer.turns, marks, strict=True))
+    return tuple(end_of[turn].end + behind for turn in trained)
 
 
 def _draft_split(renderer: _Renderer, train_on: TrainOn, *, fell_back: bool = False) -> list[_Draft]:
@@ -264,38 +314,48 @@ def _common_length(first: str, second: str) -> int:
 
 # -- text -> tokens -------------------------------------------------------------------------------------------------
 
-_start_of = itemgetter(0)
-
 
 def _finish(draft: _Draft, encoding: Encoding, tokenizer: ChatTokenizer) -> Sample:
-    token_ids = list(encoding.ids)
-    trained = [False] * len(token_ids)
+    token_ids = tuple(encoding.ids)
+    runs: list[Span] = []
     for span in draft.spans:
-        first = bisect_left(encoding.offsets, span.start, key=_start_of)
-        end = bisect_left(encoding.offsets, span.end, key=_start_of)
+        first = encoding.first_from(span.start)
+        end = encoding.first_from(span.end) if span.end < len(draft.text) else len(token_ids)
         if draft.are_turns:
             end = _end_of_turn(draft, encoding, span, first, end)
-        trained[first:end] = [True] * (end - first)
+        _add_run(runs, first, end)
     if draft.is_plain:
-        if tokenizer.bos_id is not None and token_ids[:1] != [tokenizer.bos_id]:
-            token_ids.insert(0, tokenizer.bos_id)
-            trained.insert(0, False)
-        if tokenizer.eos_id is not None and token_ids[-1:] != [tokenizer.eos_id]:
-            token_ids.append(tokenizer.eos_id)
-            trained.append(True)
-    if trained:
-        trained[0] = False
-    return Sample(tuple(token_ids), tuple(trained), draft.num_turns, draft.fell_back)
+        if tokenizer.bos_id is not None and token_ids[:1] != (tokenizer.bos_id,):
+            token_ids = (tokenizer.bos_id, *token_ids)
+            runs = [Span(start + 1, end + 1) for start, end in runs]
+        if tokenizer.eos_id is not None and token_ids[-1:] != (tokenizer.eos_id,):
+            _add_run(runs, len(token_ids), len(token_ids) + 1)
+            token_ids = (*token_ids, tokenizer.eos_id)
+    if runs and runs[0].start == 0:
+        first_run = Span(1, runs[0].end)
+        runs[:1] = [first_run] if first_run.end > 1 else []
+    num_if_split = sum(
+        encoding.first_from(end) if end < len(draft.text) else len(token_ids) for end in draft.ends_if_split
+    )
+    return Sample(token_ids, tuple(runs), draft.num_turns, draft.fell_back, num_if_split or len(token_ids))
+
+
+def _add_run(runs: list[Span], start: int, end: int) -> None:
+    """One that begins where the last ends, or before, goes on with it."""
+    if runs and start <= runs[-1].end:
+        start = runs.pop().start
+    if end > start:
+        runs.append(Span(start, end))
 
 
 def _end_of_turn(draft: _Draft, encoding: Encoding, span: Span, first: int, end: int) -> int:
     """Where the trained tokens of a turn end, by index: behind its end-of-turn token, before white space after it."""
-    last_special = next((index for index in range(end - 1, first - 1, -1) if encoding.special[index]), None)
+    last_special = next((index for index in range(end - 1, first - 1, -1) if encoding.is_special(index)), None)
     if last_special is not None:
-        behind = draft.text[encoding.offsets[last_special][1] : span.end]
+        behind = draft.text[encoding.end_of(last_special) : span.end]
         return last_special + 1 if not behind or behind.isspace() else end
     # Marks around the content alone leave out the end of turn that the template writes right behind them.
-    if draft.are_marked and end < len(encoding.ids) and encoding.special[end]:
+    if draft.are_marked and end < len(encoding.ids) and encoding.is_special(end):
         return end + 1
     return end
 

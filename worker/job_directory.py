@@ -96,6 +96,7 @@ class PrepareOrder(File):
     format: str
     train_on: str
     multi_turn: str
+    cache_dir: str = ""  # as in Inputs; "" = none
 
 
 class ExitFile(File):

@@ -118,6 +118,7 @@ def _measure(settings: WorkerSettings, server: Server, order: wire.ProfileOrder)
                 format=order.format,
                 train_on=order.train_on,
                 multi_turn=order.multi_turn,
+                cache_dir=str(settings.cache_dir),
             ),
         )
         mark = f"profile.{order.id}"

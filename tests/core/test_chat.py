@@ -14,7 +14,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from core.chat import (
     BUILT_IN_TEMPLATES,
-    Encoding,
     Rendering,
     Sample,
     build_samples,
@@ -43,6 +42,24 @@ def train_backend(text: str) -> Tokenizer:
     )
     backend.train_from_iterator([text], trainer)
     return backend
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An encoding with everything at hand."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    special: list[bool]
+
+    def first_from(self, character: int) -> int:
+        return sum(start < character for start, _ in self.offsets)
+
+    def end_of(self, index: int) -> int:
+        return self.offsets[index][1]
+
+    def is_special(self, index: int) -> bool:
+        return self.special[index]
 
 
 BACKEND = train_backend("the user asks and the assistant answers with a system of words and numbers " * 3)
@@ -81,15 +98,15 @@ class SmallTokenizer:
             raise UserError("chat.template_refused", problem=str(error)) from error
         return Rendering(texts[0], tuple(generated[0]) if self.has_generation_marks else ())
 
-    def _encoding(self, encoded) -> Encoding:
+    def _encoding(self, encoded) -> Listed:
         added = self.backend.get_added_tokens_decoder()
         special = [token in added for token in encoded.ids]
-        return Encoding(encoded.ids, encoded.offsets, special)
+        return Listed(encoded.ids, encoded.offsets, special)
 
-    def encode(self, text: str) -> Encoding:
+    def encode(self, text: str) -> Listed:
         return self._encoding(self.backend.encode(text, add_special_tokens=False))
 
-    def encode_batch(self, texts: list[str]) -> list[Encoding]:
+    def encode_batch(self, texts: list[str]) -> list[Listed]:
         self.num_batches += 1
         return [self._encoding(encoded) for encoded in self.backend.encode_batch(texts, add_special_tokens=False)]
 

@@ -1,15 +1,23 @@
 """Every row becomes samples or is refused with its line; what is stored is what was built."""
 
+import csv
 import gzip
 import hashlib
+import io
 import json
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as arrow
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
 
-from core.chat import CHATML, Sample, build_samples
+from core.chat import CHATML, build_samples
 from core.conversation import parse_row
 from core.errors import UserError
 from core.selection import select
@@ -20,7 +28,6 @@ from worker.engine.data import (
     NUM_DECIDING_ROWS,
     ROWS_PER_BATCH,
     Reading,
-    SampleStore,
     hash_row,
     load_corpus,
     read_samples,
@@ -96,17 +103,6 @@ def test_stored_samples_are_those_that_core_builds(tmp_path: Path) -> None:
         assert tuple(trained) == expected.trained
         assert measured.profile.sample_length[index] == len(token_ids)
         assert measured.profile.sample_trained[index] == trained.sum() > 0
-
-
-def test_a_stored_sample_cannot_be_written_to() -> None:
-    store = SampleStore()
-    store.append(Sample((5, 6, 7), (False, True, True), 1), line=3)
-    store.append(Sample((8,), (False,), 1), line=4)
-    token_ids, trained = store.sample(0)
-    for part in (token_ids, trained):
-        with pytest.raises(ValueError, match="read-only"):
-            part[0] = 1
-    assert [int(number) for number in store.sample(1)[0]] == [8]
 
 
 def test_a_row_keeps_its_hash_however_it_is_written() -> None:
@@ -215,6 +211,116 @@ def test_global_ids_follow_the_spec_and_end_with_the_validation_set(tmp_path: Pa
     train, held_out = (pieces.sample_ids.tolist() for pieces in (selection.train, selection.validation))
     assert {*train, *held_out} == set(range(len(corpus)))
     assert held_out == [11, 12]
+
+
+def test_a_job_opens_what_was_tokenised_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "only.jsonl", [conversation("one", "two"), "{"])
+    spec = parse_spec({"data": {"train": [{"dataset": "only"}], "validation": None}})
+    cached = inputs(path).model_copy(update={"cache_dir": str(tmp_path / "cache")})
+    made = load_corpus(spec, cached, TOKENIZER)
+    monkeypatch.setattr(HfChatTokenizer, "encode_batch", None)  # whoever tokenises now, fails
+    seen: list[tuple[int, int]] = []
+    opened = load_corpus(spec, cached, TOKENIZER, lambda done, total: seen.append((done, total)))
+    assert opened.profiles == made.profiles
+    assert opened.sample(0)[0].tolist() == made.sample(0)[0].tolist()
+    assert seen == [(path.stat().st_size, path.stat().st_size)]
+    for other in (
+        {"data": {"train": [{"dataset": "only"}], "train_on": "last"}},
+        {"data": {"train": [{"dataset": "only"}], "multi_turn": "split"}},
+        {"data": {"train": [{"dataset": "only"}], "format": "messages"}},
+    ):
+        with pytest.raises(TypeError):
+            load_corpus(parse_spec(other), cached, TOKENIZER)
+    with pytest.raises(TypeError):
+        load_corpus(spec, cached, HfChatTokenizer(byte_level(chat_template=CHATML + " ")))
+    with pytest.raises(TypeError):
+        load_corpus(
+            spec,
+            cached,
+            HfChatTokenizer(byte_level(chat_template=CHATML, clean_up_tokenization_spaces=False, bos_token="<end>")),
+        )
+
+
+def test_what_a_whole_conversation_would_cost_split_is_known_without_splitting_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [conversation("one", "two two", "three"), conversation("alone")])
+    for template in (CHATML, CHATML.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")):
+        tokenizer = HfChatTokenizer(byte_level(chat_template=template))
+        whole = read_samples(path, tokenizer, Reading()).profile
+        split = read_samples(path, tokenizer, Reading(multi_turn="split")).profile
+        assert (whole.multi_turn, list(whole.sample_turns), len(split.sample_row)) == ("whole", [3, 1], 4)
+        assert whole.num_tokens_if_split == sum(split.sample_length) > sum(whole.sample_length)
+        assert split.num_tokens_if_split == sum(split.sample_length)
+
+
+# -- every row -----------------------------------------------------------------------------------------------------
+ROWS: dict[str, object] = {
+    "taken": conversation("one", "two"),
+    "also taken": conversation("one"),
+    "empty": {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "weight": 0}]},
+    "wrong": {"messages": [{"role": "nobody", "content": "?"}]},
+    "no turn": {"messages": [{"role": "user", "content": "?"}]},
+    "number": 7,
+    "broken": "{broken",
+    "blank": "",
+}
+OBJECTS = ("taken", "also taken", "empty", "wrong", "no turn")
+
+
+def as_csv(rows: list[str]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["messages"])
+    for name in rows:
+        row = ROWS[name]
+        writer.writerow([json.dumps(row["messages"])] if isinstance(row, dict) else [row, "too many"])
+    return text.getvalue().encode()
+
+
+def as_parquet(rows: list[str]) -> bytes:
+    target = io.BytesIO()
+    table = [{"messages": json.dumps(row["messages"]) if isinstance(row := ROWS[name], dict) else "["} for name in rows]
+    parquet.write_table(arrow.Table.from_pylist(table), target)
+    return target.getvalue()
+
+
+WRITERS: dict[str, Callable[[list[str]], bytes]] = {
+    "jsonl": lambda rows: "\n".join(r if isinstance(r := ROWS[n], str) else json.dumps(r) for n in rows).encode(),
+    "json": lambda rows: json.dumps([ROWS[name] for name in rows], indent=1).encode(),
+    "csv": as_csv,
+    "parquet": as_parquet,
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from(sorted(ROWS)), max_size=8),
+    st.sampled_from(sorted(WRITERS)),
+    st.sampled_from(["whole", "split"]),
+    st.booleans(),
+)
+def test_every_row_is_taken_or_empty_or_refused_with_its_place(
+    names: list[str], kind: str, multi_turn: str, is_packed: bool
+) -> None:
+    names = ["taken", *names]
+    content = WRITERS[kind](names)
+    # A text within an array is a row that is no object; a blank line is none.
+    rows = [name for name in names if not (kind == "jsonl" and name == "blank")]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows"
+        path.write_bytes(gzip.compress(content) if is_packed else content)
+        measured = read_samples(path, TOKENIZER, Reading(format="messages", multi_turn=multi_turn))
+    profile = measured.profile
+    trained = {row for row, count in zip(profile.sample_row, profile.sample_trained, strict=True) if count}
+    untrained = set(profile.sample_row) - trained
+    assert profile.num_rows == len(rows) == profile.num_refused + len(trained) + len(untrained)
+    assert trained == {index for index, name in enumerate(rows) if name in ("taken", "also taken")}
+    empty = {index for index, name in enumerate(rows) if name == "empty"}
+    assert untrained == (empty if multi_turn == "whole" else set())
+    assert len(profile.refused) == profile.num_refused
+    places = {row.line for row in profile.refused} | {measured.samples.line(i) for i in range(len(measured.samples))}
+    assert len(places) == len(rows)
+    if kind == "parquet":
+        assert places == {number + 1 for number in range(len(rows))}
 
 
 def test_an_id_beyond_the_corpus_is_a_programmers_mistake(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from core.errors import UserError
 from tests.engine.tiny import CONTEXT, VOCABULARY, save_base, tiny_base
-from worker.engine.models import HashCache, find_models, profile_model
+from worker.engine.models import HashCache, find_models, profile_model, profile_with_hashes
 
 
 @pytest.fixture
@@ -76,6 +76,20 @@ def test_a_file_is_hashed_once_and_again_when_it_has_changed(root: Path, tmp_pat
     assert planted[1].content_hash != first[1].content_hash
     os.utime(weights, ns=(0, 1))
     assert find_models([root], HashCache.load(kept)).models == first
+
+
+def test_trainers_share_their_hashes_and_lose_none_of_another(root: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "model-hashes.json"
+    late = HashCache.load(kept)
+    first = profile_with_hashes(root / "org" / "first", "first", tmp_path)
+    weights = root / "second" / "model.safetensors"
+    late.sha256(weights)
+    late.save()  # it began before the first was known
+    entries = json.loads(kept.read_bytes())
+    assert {str(weights), str(root / "org" / "first" / "model.safetensors")} <= set(entries)
+    entries[str(root / "org" / "first" / "model.safetensors")]["sha256"] = "0" * 64
+    kept.write_text(json.dumps(entries))
+    assert profile_with_hashes(root / "org" / "first", "first", tmp_path).content_hash != first.content_hash
 
 
 def test_a_broken_cache_costs_only_the_hashing(root: Path, tmp_path: Path) -> None:

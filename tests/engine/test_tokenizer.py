@@ -1,6 +1,8 @@
 """The tokenizer that training uses gives what a served model gets: the same text, the same tokens, no second BOS."""
 
 import json
+from bisect import bisect_left
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -138,12 +140,12 @@ def test_a_template_that_is_no_template_is_refused_at_once() -> None:
 # -- encoding ------------------------------------------------------------------------------------------------------
 def test_offsets_keep_leading_spaces_and_cover_the_text() -> None:
     text = " a good  day 你"
-    encoding = HfChatTokenizer(byte_level()).encode(text)
-    spans = [text[start:end] for start, end in encoding.offsets]
+    offsets = HfChatTokenizer(byte_level())._rust.encode(text).offsets
+    spans = [text[start:end] for start, end in offsets]
     assert spans[:2] == [" ", "a"]
     assert " d" in spans  # one token, which its post-processor would have reported as "d"
     assert spans[-3:] == ["你", "你", "你"]
-    starts = [start for start, _ in encoding.offsets]
+    starts = [start for start, _ in offsets]
     assert starts == sorted(starts)
 
 
@@ -172,22 +174,40 @@ def test_a_plain_text_gets_the_tokenizers_own_begin_once() -> None:
 def test_special_tokens_are_those_flagged_and_those_that_end_a_turn(tmp_path: Path) -> None:
     byte_level().save_pretrained(tmp_path)
     text = "a<|im_end|><end><tool></s>"
-    flags = HfChatTokenizer.load(tmp_path).encode(text).special
-    assert list(flags) == [False, True, False, False, True]
+    assert special(HfChatTokenizer.load(tmp_path), text) == [False, True, False, False, True]
     end = byte_level().convert_tokens_to_ids("<end>")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, end]}))
-    assert list(HfChatTokenizer.load(tmp_path).encode(text).special) == [False, True, True, False, True]
+    assert special(HfChatTokenizer.load(tmp_path), text) == [False, True, True, False, True]
+
+
+def special(tokenizer: HfChatTokenizer, text: str) -> list[bool]:
+    encoding = tokenizer.encode(text)
+    return [encoding.is_special(index) for index in range(len(encoding.ids))]
 
 
 def test_a_batch_is_encoded_as_one_by_one() -> None:
     tokenizer = HfChatTokenizer(byte_level(model_max_length=4))
     texts = ["a", "", "a good day 你好 <|im_end|>" * 40]
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert [encoding.ids for encoding in tokenizer.encode_batch(texts)] == [tokenizer.encode(t).ids for t in texts]
     assert len(tokenizer.encode(texts[2]).ids) > 400  # and never cut
 
 
 # -- pieces --------------------------------------------------------------------------------------------------------
 BYTE_LEVEL, BYTE_FALLBACK = HfChatTokenizer(byte_level()), HfChatTokenizer(byte_fallback())
+
+
+@given(
+    st.text(st.sampled_from("Hello o d你好🦙\n<>\u0301") | st.characters(exclude_categories=["Cs"]), max_size=20),
+    st.booleans(),
+)
+def test_a_token_is_found_by_its_character_as_in_a_list_of_all_offsets(text: str, has_turn: bool) -> None:
+    text = f"<|im_start|>{text}<|im_end|>\n" if has_turn else text
+    for tokenizer in (BYTE_LEVEL, BYTE_FALLBACK):
+        encoding = tokenizer.encode(text)
+        offsets = tokenizer._rust.encode(text, add_special_tokens=False).offsets
+        for character in range(len(text)):
+            assert encoding.first_from(character) == bisect_left(offsets, character, key=itemgetter(0))
+        assert [encoding.end_of(index) for index in range(len(offsets))] == [end for _, end in offsets]
 
 
 def test_a_character_of_several_tokens_stands_whole_in_the_last_piece() -> None:

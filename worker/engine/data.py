@@ -5,31 +5,37 @@ in silence. The same function, `read_samples`, measures a data set for the form 
 for training, so what was previewed is what is trained.
 
 A file is read in a stream: its first good rows decide the format and whether conversations stay whole, then all rows
-go through the tokenizer in batches. Samples lie in flat arrays (4 bytes a token for ids, 1 for the mask), not as
-Python objects: 100 million tokens take half a gigabyte.
+go through the tokenizer in batches. While one batch is encoded, which is Rust's work and needs no lock of Python's, the
+next is parsed and rendered. Samples go to files as they come (worker.engine.samples), 5 bytes a token, and what the
+profile says of each to columns of numbers: no object is kept for a row, so a million of them fit into any memory.
+What was tokenised once is opened again by its content (worker.engine.token_cache).
 """
 
 import hashlib
 import json
+import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 
-from core.chat import ChatTokenizer, MultiTurn, Sample, TrainOn, build_samples_many, choose_multi_turn
+from core.chat import ChatTokenizer, Drafts, Encoding, MultiTurn, Sample, TrainOn, choose_multi_turn
 from core.conversation import FORMAT_ROWS, Format, Parsed, detect_format, parse_row
 from core.errors import UserError
 from core.profile import Column, DataProfile, RefusedRow
+from core.rows import FileType, Row, detect_file, read_rows
 from core.rows import RefusedRow as UnreadRow
-from core.rows import Row, detect_file, read_rows
 from core.spec import JobSpec, ValidationDataset
 from worker.engine.parquet import read_parquet
-from worker.job_directory import Inputs
+from worker.engine.samples import BoolArray, IntArray, MeasuredSet, SampleWriter, open_set
+from worker.engine.token_cache import TokenCache, key_of
+from worker.engine.tokenizer import HfChatTokenizer
+from worker.job_directory import InputFile, Inputs
 
 CHUNK_BYTES = 1 << 20
 # Good rows that decide the format, and whether `auto` keeps conversations whole. A later conversation whose history
@@ -41,8 +47,7 @@ NUM_REASONS_TOLD = 3
 # These end the reading: the next row would meet them too.
 NOT_THE_ROWS_FAULT = frozenset({"chat.no_template", "chat.template_memory"})
 
-IntArray = npt.NDArray[np.int32]
-BoolArray = npt.NDArray[np.bool_]
+Batch = Sequence[Row | UnreadRow]
 OnProgress = Callable[[int, int], None]  # bytes read, bytes in all
 
 
@@ -59,66 +64,74 @@ class Reading:
         return cls(spec.data.format, spec.data.train_on, spec.data.multi_turn)
 
 
-class SampleStore:
-    """Samples side by side in flat arrays."""
+def measure(
+    file: InputFile,
+    tokenizer: HfChatTokenizer,
+    reading: Reading,
+    on_progress: OnProgress = lambda done, total: None,
+    *,
+    cache: TokenCache | None,
+    is_ahead: bool = True,
+) -> MeasuredSet:
+    """`read_samples` of a data file, or what the cache has of it."""
+    path = Path(file.path)
+    if cache is None:
+        return read_samples(path, tokenizer, reading, on_progress, is_ahead=is_ahead)
 
-    def __init__(self) -> None:
-        self._token_ids = array("i")
-        self._trained = bytearray()
-        self._ends = array("q", [0])
-        self._lines = array("q")
+    def make(folder: Path) -> None:
+        write_samples(path, folder, tokenizer, reading, on_progress, is_ahead=is_ahead)
 
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def append(self, sample: Sample, line: int) -> None:
-        self._token_ids.extend(sample.token_ids)
-        self._trained.extend(sample.trained)
-        self._ends.append(len(self._token_ids))
-        self._lines.append(line)
-
-    def sample(self, index: int) -> tuple[IntArray, BoolArray]:
-        """Token ids and which of them are trained; both read-only views."""
-        start, end = self._ends[index], self._ends[index + 1]
-        token_ids = np.frombuffer(self._token_ids, dtype=np.int32, count=end - start, offset=4 * start)
-        trained = np.frombuffer(self._trained, dtype=np.bool_, count=end - start, offset=start)
-        token_ids.flags.writeable = False
-        trained.flags.writeable = False
-        return token_ids, trained
-
-    def line(self, index: int) -> int:
-        return self._lines[index]
-
-
-@dataclass(frozen=True)
-class MeasuredSet:
-    profile: DataProfile
-    samples: SampleStore
+    policy = (reading.format, reading.train_on, reading.multi_turn)
+    found = cache.get(key_of(file.sha256, tokenizer.fingerprint, *policy), make)
+    size = path.stat().st_size
+    on_progress(size, size)
+    return found
 
 
 def read_samples(
-    path: Path, tokenizer: ChatTokenizer, reading: Reading, on_progress: OnProgress = lambda done, total: None
+    path: Path,
+    tokenizer: ChatTokenizer,
+    reading: Reading,
+    on_progress: OnProgress = lambda done, total: None,
+    *,
+    is_ahead: bool = True,
 ) -> MeasuredSet:
-    """All samples of a file, with its profile. Raises UserError data.* where no row of it can be used."""
-    rows = _rows(path, on_progress)
+    """All samples of a file, with its profile, kept nowhere: their files go with them."""
+    with tempfile.TemporaryDirectory(prefix="samples-") as folder:
+        write_samples(path, Path(folder), tokenizer, reading, on_progress, is_ahead=is_ahead)
+        return open_set(Path(folder))
+
+
+def write_samples(
+    path: Path,
+    folder: Path,
+    tokenizer: ChatTokenizer,
+    reading: Reading,
+    on_progress: OnProgress = lambda done, total: None,
+    *,
+    is_ahead: bool = True,
+) -> None:
+    """Writes a file's samples and its profile into an empty folder. Raises UserError data.* where no row of it can be
+    used. `is_ahead`: a thread encodes while this one renders on."""
+    type = detect_file(_chunks(path, lambda done, total: None))
+    rows = _rows(path, type, on_progress)
     deciding = list(_until_good(rows, NUM_DECIDING_ROWS))
     good = [row for row in deciding if isinstance(row, Row)]
     if deciding and not good:
         # Nothing that could decide: say why, rather than that no format fits.
         refused = [row for row in deciding if isinstance(row, UnreadRow)]
-        raise _no_good_row(path, len(refused), [_refuse(row.line, row.error) for row in refused])
+        raise _no_good_row(path, type, len(refused), [_refuse(row.line, row.error) for row in refused])
     format = cast(Format, reading.format) if reading.format != "auto" else detect_format(row.value for row in good)
-    builder = _Builder(tokenizer, format, cast(TrainOn, reading.train_on))
-    multi_turn, why = builder.choose_multi_turn(good, reading.multi_turn)
-    for batch in _batches(chain(deciding, rows), ROWS_PER_BATCH):
-        builder.add(batch, multi_turn)
-    if not builder.samples:
-        raise _no_good_row(path, builder.num_rows, builder.refused)
-    return MeasuredSet(builder.profile(multi_turn, why), builder.samples)
+    with SampleWriter(folder) as writer:
+        builder = _Builder(writer, tokenizer, format, cast(TrainOn, reading.train_on))
+        multi_turn, why = builder.choose_multi_turn(good, reading.multi_turn)
+        builder.add_all(_batches(chain(deciding, rows), ROWS_PER_BATCH), multi_turn, is_ahead=is_ahead)
+        if not builder.num_samples:
+            raise _no_good_row(path, type, builder.num_rows, builder.refused)
+        writer.finish(builder.profile(multi_turn, why))
 
 
-def _rows(path: Path, on_progress: OnProgress) -> Iterator[Row | UnreadRow]:
-    type = detect_file(_chunks(path, lambda done, total: None))
+def _rows(path: Path, type: FileType, on_progress: OnProgress) -> Iterator[Row | UnreadRow]:
     if type.kind == "parquet":
         return read_parquet(path, is_gzip=type.is_gzip, on_progress=on_progress)
     return read_rows(_chunks(path, on_progress))
@@ -147,16 +160,17 @@ def _batches(rows: Iterable[Row | UnreadRow], size: int) -> Iterator[list[Row | 
 
 
 class _Builder:
-    """Takes rows in their order and keeps what DataProfile lists."""
+    """Takes rows in their order, writes their samples and keeps what DataProfile lists."""
 
-    def __init__(self, tokenizer: ChatTokenizer, format: Format, train_on: TrainOn) -> None:
+    def __init__(self, writer: SampleWriter, tokenizer: ChatTokenizer, format: Format, train_on: TrainOn) -> None:
+        self._writer = writer
         self._tokenizer = tokenizer
         self._format = format
         self._train_on = train_on
-        self.samples = SampleStore()
         self.num_rows = 0
         self.num_refused = 0
         self.num_fell_back = 0
+        self.num_tokens_if_split = 0
         self.refused: list[RefusedRow] = []
         self._sample_row = array("I")
         self._sample_length = array("I")
@@ -166,6 +180,10 @@ class _Builder:
         self._sample_runs = array("I")
         self._run_bounds = array("I")
 
+    @property
+    def num_samples(self) -> int:
+        return len(self._sample_row)
+
     def choose_multi_turn(self, rows: Sequence[Row], asked: str) -> tuple[MultiTurn, str]:
         """Whole or split, and why."""
         if asked != "auto":
@@ -174,12 +192,39 @@ class _Builder:
         choice = choose_multi_turn([row for row in parsed if not isinstance(row, UserError)], self._tokenizer)
         return choice.mode, choice.reason
 
-    def add(self, rows: Sequence[Row | UnreadRow], multi_turn: MultiTurn) -> None:
+    def add_all(self, batches: Iterable[Batch], multi_turn: MultiTurn, *, is_ahead: bool) -> None:
+        if not is_ahead:
+            for batch in batches:
+                work = self._render(batch, multi_turn)
+                self._add(work, self._tokenizer.encode_batch(work.drafts.texts))
+            return
+        with ThreadPoolExecutor(1, "encode") as encoder:
+            waiting: tuple[_Work, Future[Sequence[Encoding]]] | None = None
+            for batch in batches:
+                work = self._render(batch, multi_turn)
+                encoding = encoder.submit(self._tokenizer.encode_batch, work.drafts.texts)
+                if waiting is not None:
+                    self._add(waiting[0], waiting[1].result())
+                waiting = work, encoding
+            if waiting is not None:
+                self._add(waiting[0], waiting[1].result())
+
+    def _render(self, rows: Batch, multi_turn: MultiTurn) -> "_Work":
         parsed = [row.error if isinstance(row, UnreadRow) else self._parse(row) for row in rows]
         conversations = [conversation for conversation in parsed if not isinstance(conversation, UserError)]
-        built = iter(build_samples_many(conversations, self._tokenizer, train_on=self._train_on, multi_turn=multi_turn))
-        for row, conversation in zip(rows, parsed, strict=True):
-            self._add_row(row, conversation if isinstance(conversation, UserError) else next(built))
+        return _Work(
+            rows,
+            [conversation if isinstance(conversation, UserError) else None for conversation in parsed],
+            Drafts(conversations, self._tokenizer, train_on=self._train_on, multi_turn=multi_turn),
+        )
+
+    def _add(self, work: "_Work", encodings: Sequence[Encoding]) -> None:
+        built = iter(work.drafts.finish(encodings))
+        taken: list[tuple[Sample, int]] = []
+        for row, fault in zip(work.rows, work.faults, strict=True):
+            samples = self._add_row(row, next(built) if fault is None else fault)
+            taken += [(sample, row.line) for sample in samples]
+        self._writer.write(taken)
 
     def _parse(self, row: Row) -> Parsed | UserError:
         try:
@@ -187,7 +232,8 @@ class _Builder:
         except UserError as error:
             return error
 
-    def _add_row(self, row: Row | UnreadRow, samples: list[Sample] | UserError) -> None:
+    def _add_row(self, row: Row | UnreadRow, samples: list[Sample] | UserError) -> list[Sample]:
+        """Counts a row; its samples, if it isn't refused."""
         self.num_rows += 1
         if isinstance(samples, UserError) and samples.code in NOT_THE_ROWS_FAULT:
             raise samples
@@ -197,20 +243,21 @@ class _Builder:
             self.num_refused += 1
             if len(self.refused) < MAX_REFUSED_LISTED:
                 self.refused.append(_refuse(row.line, samples))
-            return
+            return []
         assert isinstance(row, Row)
         digest = int(hash_row(row.value), 16)
         self.num_fell_back += samples[0].fell_back
         for sample in samples:
-            self.samples.append(sample, row.line)
+            self.num_tokens_if_split += sample.num_tokens_if_split
             self._sample_row.append(row.index)
             self._sample_length.append(len(sample.token_ids))
             self._sample_trained.append(sample.num_trained)
             self._sample_turns.append(sample.num_turns)
             self._sample_hash.append(digest)
-            bounds = np.flatnonzero(np.diff(np.array(sample.trained, dtype=np.int8), prepend=0, append=0)).tolist()
-            self._sample_runs.append(len(bounds) // 2)
-            self._run_bounds.extend(bounds)
+            self._sample_runs.append(len(sample.runs))
+            for run in sample.runs:
+                self._run_bounds.extend(run)
+        return samples
 
     def profile(self, multi_turn: MultiTurn, why: str) -> DataProfile:
         return DataProfile(
@@ -228,15 +275,25 @@ class _Builder:
             sample_hash=Column(self._sample_hash),
             sample_runs=Column(self._sample_runs),
             run_bounds=Column(self._run_bounds),
+            num_tokens_if_split=self.num_tokens_if_split,
         )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A batch whose conversations are rendered."""
+
+    rows: Batch
+    faults: list[UserError | None]  # of each row that didn't become a conversation
+    drafts: Drafts
 
 
 def _refuse(line: int, error: UserError) -> RefusedRow:
     return RefusedRow(line=line, code=error.code, text=error.text())
 
 
-def _no_good_row(path: Path, num_rows: int, refused: Sequence[RefusedRow]) -> UserError:
-    reasons = "; ".join(f"line {row.line}: {row.text}" for row in refused[:NUM_REASONS_TOLD])
+def _no_good_row(path: Path, type: FileType, num_rows: int, refused: Sequence[RefusedRow]) -> UserError:
+    reasons = "; ".join(f"{type.row_word} {row.line}: {row.text}" for row in refused[:NUM_REASONS_TOLD])
     return UserError("data.no_good_row", "data.train", file=path.name, num_rows=num_rows, reasons=reasons)
 
 
@@ -279,22 +336,25 @@ class Corpus:
 
 
 def load_corpus(
-    spec: JobSpec, inputs: Inputs, tokenizer: ChatTokenizer, on_progress: OnProgress = lambda done, total: None
+    spec: JobSpec,
+    inputs: Inputs,
+    tokenizer: HfChatTokenizer,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> Corpus:
-    """Reads every data file of the job. Progress counts bytes over all of them."""
+    """Reads every data file of the job, or opens what the cache has of it. Progress counts bytes over all files."""
     order = [part.dataset for part in spec.data.train]
     if isinstance(spec.data.validation, ValidationDataset):
         order.append(spec.data.validation.dataset)
-    paths = {file.dataset: Path(file.path) for file in inputs.data}
-    total = sum(paths[name].stat().st_size for name in set(order))
+    cache = TokenCache(Path(inputs.cache_dir)) if inputs.cache_dir else None
+    files = {file.dataset: file for file in inputs.data}
+    sizes = {name: Path(files[name].path).stat().st_size for name in dict.fromkeys(order)}
     sets: dict[str, MeasuredSet] = {}
     done = 0
-    for name in dict.fromkeys(order):
-        before = done
+    for name, size in sizes.items():
 
-        def report(bytes_read: int, _size: int, before: int = before) -> None:
-            on_progress(before + bytes_read, total)
+        def report(bytes_read: int, _size: int, before: int = done) -> None:
+            on_progress(before + bytes_read, sum(sizes.values()))
 
-        sets[name] = read_samples(paths[name], tokenizer, Reading.of(spec), report)
-        done += paths[name].stat().st_size
+        sets[name] = measure(files[name], tokenizer, Reading.of(spec), report, cache=cache)
+        done += size
     return Corpus(order, sets)

@@ -77,13 +77,23 @@ class HashCache:
         return known.sha256
 
     def save(self) -> None:
-        """Writes what was learned; files that are gone are forgotten."""
+        """Writes what was learned, beside what others have meanwhile; files that are gone are forgotten."""
         if self.path is None or not self._has_changed:
             return
-        kept = {name: entry.model_dump() for name, entry in self._known.items() if Path(name).exists()}
+        known = {**HashCache.load(self.path)._known, **self._known}
+        kept = {name: entry.model_dump() for name, entry in known.items() if Path(name).exists()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(kept, indent=1).encode())
         self._has_changed = False
+
+
+def profile_with_hashes(path: Path, name: str, folder: Path) -> ModelProfile:
+    """`profile_model` with the hashes that jobs on this host keep in `folder`: a model is read once, not at each start
+    of a trainer."""
+    cache = HashCache.load(folder / "model-hashes.json")
+    profile = profile_model(path, name, cache)
+    cache.save()
+    return profile
 
 
 @dataclass(frozen=True)

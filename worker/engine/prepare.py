@@ -33,7 +33,7 @@ from worker.job_directory import PrepareOrder, write_json
 
 # The parent needs neither, and each takes a second.
 if TYPE_CHECKING:
-    from worker.engine.data import MeasuredSet
+    from worker.engine.samples import MeasuredSet
     from worker.engine.tokenizer import HfChatTokenizer
 
 RENDERING_CPU_S = 2
@@ -99,20 +99,28 @@ def measure(order_path: Path, result_path: Path) -> None:
 
 
 def measure_profile(order: PrepareOrder) -> DataProfile:
-    from worker.engine.data import Reading, read_samples
+    from worker.engine.data import Reading
+    from worker.engine.data import measure as measure_file
+    from worker.engine.token_cache import TokenCache
     from worker.engine.tokenizer import HfChatTokenizer
 
     tokenizer = HfChatTokenizer.load(Path(order.model_path), order.chat_template, limited_rendering)
     reading = Reading(order.format, order.train_on, order.multi_turn)
-    measured = read_samples(Path(order.data.path), tokenizer, reading)
+    cache = TokenCache(Path(order.cache_dir)) if order.cache_dir else None
+    # The limits on a rendering are the process's: no other thread may spend them.
+    measured = measure_file(order.data, tokenizer, reading, cache=cache, is_ahead=False)
     return measured.profile.model_copy(update={"preview": preview(measured, tokenizer)})
 
 
 def preview(measured: "MeasuredSet", tokenizer: "HfChatTokenizer") -> tuple[TokenPreview, ...]:
     """The first rows as the model sees them; of a row that became several samples the last, which holds most."""
-    last_of_row = dict(zip(measured.profile.sample_row, range(len(measured.samples)), strict=True))
+    last_of_row: dict[int, int] = {}
+    for index, row in enumerate(measured.profile.sample_row):
+        if row not in last_of_row and len(last_of_row) == NUM_PREVIEWED:
+            break
+        last_of_row[row] = index
     previews = []
-    for index in list(last_of_row.values())[:NUM_PREVIEWED]:
+    for index in last_of_row.values():
         token_ids, trained = measured.samples.sample(index)
         shown = token_ids[:MAX_PREVIEWED_TOKENS].tolist()
         previews.append(

@@ -14,19 +14,24 @@ What is known to differ between families:
   them (worker.engine.loading). A template of the model's own is taken as it is.
 """
 
+import hashlib
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import jinja2
+import tokenizers
+import transformers
 from tokenizers import Encoding as RustEncoding
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from core.chat import BUILT_IN_TEMPLATES, Encoding, Rendering
+from core.chat import BUILT_IN_TEMPLATES, Rendering
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,6 +98,21 @@ class HfChatTokenizer:
         return cls(tokenizer, chat_template, _end_ids(model_path), guard)
 
     @property
+    def fingerprint(self) -> str:
+        """Of all that decides about the tokens of a conversation: files and libraries. (The day's date, which some
+        templates write, is the day's on which the data was tokenised.)"""
+        facts = [
+            self._rust.to_str(),
+            self._template,
+            self._template_with_tools,
+            sorted(self._special_ids),
+            [self.bos_id, self.eos_id],
+            {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
+            [transformers.__version__, tokenizers.__version__, jinja2.__version__],
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @property
     def has_template(self) -> bool:
         return self._template is not None
 
@@ -130,15 +150,14 @@ class HfChatTokenizer:
             raise UserError("chat.template_refused", problem=_first_line(error)) from error
         return Rendering(text, tuple(marks[0]) if is_marked else ())
 
-    def encode(self, text: str) -> Encoding:
-        return self._encoding(self._rust.encode(text, add_special_tokens=False))
+    def encode(self, text: str) -> "HfEncoding":
+        return HfEncoding(self._rust.encode(text, add_special_tokens=False), self._special_ids)
 
-    def encode_batch(self, texts: list[str]) -> list[Encoding]:
-        return [self._encoding(encoding) for encoding in self._rust.encode_batch(texts, add_special_tokens=False)]
-
-    def _encoding(self, encoding: RustEncoding) -> Encoding:
-        ids = encoding.ids
-        return Encoding(ids, encoding.offsets, [number in self._special_ids for number in ids])
+    def encode_batch(self, texts: list[str]) -> list["HfEncoding"]:
+        return [
+            HfEncoding(encoding, self._special_ids)
+            for encoding in self._rust.encode_batch(texts, add_special_tokens=False)
+        ]
 
     def pieces(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """Each token as the text that it adds, one piece a token; joined they are the whole text.
@@ -169,6 +188,43 @@ def add_turn_marks(tokenizer: "PreTrainedTokenizerBase", template: str) -> tuple
     lacking = [mark for mark in dict.fromkeys(TURN_MARK.findall(template)) if mark not in known]
     tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in lacking], special_tokens=True)
     return tuple(tokenizer.convert_tokens_to_ids(mark) for mark in lacking)
+
+
+class HfEncoding:
+    """Tokens that stay in Rust: handing the offsets of all of them over takes longer than rendering the text."""
+
+    __slots__ = ("_rust", "_special_ids", "ids")
+
+    def __init__(self, rust: RustEncoding, special_ids: frozenset[int]) -> None:
+        self.ids: list[int] = rust.ids
+        self._rust = rust
+        self._special_ids = special_ids
+
+    def first_from(self, character: int) -> int:
+        # One that holds the character; there may be none where a normalizer took it away.
+        index = self._rust.char_to_token(character)
+        if index is None:
+            return bisect_left(self._rust.offsets, character, key=itemgetter(0))
+        # Bytes of one character are several tokens that begin alike, and a token may hold no character at all.
+        while index > 0 and self._start_of(index - 1) >= character:
+            index -= 1
+        while index < len(self.ids) and self._start_of(index) < character:
+            index += 1
+        return index
+
+    def _start_of(self, index: int) -> int:
+        return self._characters(index)[0]
+
+    def end_of(self, index: int) -> int:
+        return self._characters(index)[1]
+
+    def _characters(self, index: int) -> tuple[int, int]:
+        characters: tuple[int, int] | None = self._rust.token_to_chars(index)
+        assert characters is not None
+        return characters
+
+    def is_special(self, index: int) -> bool:
+        return self.ids[index] in self._special_ids
 
 
 def _choose_templates(own: str | dict[str, str] | None, name: str | None) -> tuple[str | None, str | None]:

@@ -17,6 +17,8 @@ from pathlib import Path
 from worker.dies_with_parent import die_with
 from worker.job_directory import write_atomically
 
+PID_FILE = "pid-{}"
+
 
 def main() -> None:
     directory = Path(sys.argv[1])
@@ -92,7 +94,12 @@ def main() -> None:
     signal.signal(signal.SIGUSR1, lambda number, _: signals.append(number))
     (directory / "argv.json").write_text(json.dumps(sys.argv[1:]))
     (directory / "environ.json").write_text(json.dumps(dict(os.environ)))
-    (directory / ("pid" if rank == 0 else f"pid-{rank}")).write_text(str(os.getpid()))
+    (directory / PID_FILE.format(rank)).write_text(str(os.getpid()))
+    # A barrier: no rank makes a step before all have their handlers.
+    while not all(
+        (directory / PID_FILE.format(other)).exists() for other in range(int(os.environ.get("WORLD_SIZE", "1")))
+    ):
+        time.sleep(0.01)
 
     begin = 1
     if inputs["resume"]:

@@ -182,7 +182,7 @@ def test_a_killed_agent_disturbs_no_training_and_its_successor_finds_it(
     redis_worker: Host, start_agent: Callable[[Host], AgentProcess]
 ) -> None:
     entry, directory = redis_worker.start("steps=100000")
-    trainer = int(wait_until(lambda: (directory / "pid").exists() and (directory / "pid").read_text()))
+    trainer = int(wait_until(lambda: (directory / "pid-0").exists() and (directory / "pid-0").read_text()))
     supervisor = redis_worker.supervisor_pid()
     for _ in range(2):
         process = start_agent(redis_worker)

@@ -235,7 +235,7 @@ def test_ctrl_c_reaches_the_ranks_and_nothing_is_left(tmp_path: Path) -> None:
     )
     argv = [sys.executable, "-c", code, str(tmp_path / "out"), *SCRIPT]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        pids = [int(wait_until(lambda name=name: read(tmp_path / "out" / name))) for name in ("pid", "pid-1")]
+        pids = [int(wait_until(lambda name=name: read(tmp_path / "out" / name))) for name in ("pid-0", "pid-1")]
         process.send_signal(signal.SIGUSR1)
         wait_until(lambda: (tmp_path / "out" / "rank-1.log").read_text().count("saves") == 1)
         os.killpg(process.pid, signal.SIGINT)
@@ -249,7 +249,7 @@ def test_ranks_by_hand_die_with_their_caller(tmp_path: Path) -> None:
     run_two_ranks(tmp_path / "out", "steps=100000")
     code = f"from pathlib import Path; from worker.by_hand import train_ranks; train_ranks(Path({str(tmp_path / 'out')!r}), {SCRIPT!r})"
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
-        pids = [int(wait_until(lambda name=name: read(tmp_path / "out" / name))) for name in ("pid", "pid-1")]
+        pids = [int(wait_until(lambda name=name: read(tmp_path / "out" / name))) for name in ("pid-0", "pid-1")]
         process.kill()
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 

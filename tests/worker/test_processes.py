@@ -20,6 +20,8 @@ from worker.processes import (
     dying_with_this_process,
     mark_of,
     marked,
+    own_environment,
+    ranks_below,
     secrets_in,
     sweep,
 )
@@ -85,6 +87,30 @@ def test_the_sweep_ends_what_a_group_kill_leaves() -> None:
         assert neighbour.poll() is None, "another mark that begins alike is another attempt"
 
 
+def test_ranks_are_the_launchers_own_children_and_not_what_these_start() -> None:
+    mark = f"test.{secrets.token_hex(8)}"
+    rank = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {SLEEP!r}]); time.sleep(600)"
+    code = textwrap.dedent(f"""
+        import os, subprocess, sys, time
+        for number in range(2):
+            environment = {{**os.environ, "RANK": str(number)}}
+            subprocess.Popen([sys.executable, "-c", {rank!r}], env=environment, start_new_session=True)
+        time.sleep(600)
+    """)
+    with running(code, **{MARK: mark}) as launcher:
+        try:
+            wait_until(lambda: len(marked(mark)) == 5)
+            wait_until(lambda: len(ranks_below(launcher.pid, mark)) == 2)
+            ranks = ranks_below(launcher.pid, mark)
+            assert sorted(ranks) == [0, 1]
+            for number, process in ranks.items():
+                assert f"RANK={number}".encode() in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+                assert process.is_alive() and os.getsid(process.pid) == process.pid, "in sessions of their own"
+            assert ranks_below(launcher.pid, mark + "1") == {}
+        finally:
+            assert sweep(mark, timeout_s=10) == []
+
+
 def test_a_child_dies_with_its_parent_however_that_ends(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
@@ -127,6 +153,12 @@ def test_a_child_sees_what_it_needs_and_no_secret_of_the_worker() -> None:
     assert not {"PEGBOX_WORKER_TOKEN", "PEGBOX_REDIS_URL", "AWS_SECRET_ACCESS_KEY", "LD_PRELOAD"} & child.keys()
     assert child[MARK] == "m"
     assert secrets_in(child) == ("hf_0123456789",)
+
+
+def test_by_hand_a_person_keeps_what_they_set() -> None:
+    child = own_environment({"LD_PRELOAD": "/mine.so", "PYTHONPATH": "/mine"}, "m", OMP_NUM_THREADS="2")
+    assert (child["LD_PRELOAD"], child["OMP_NUM_THREADS"], child[MARK]) == ("/mine.so", "2", "m")
+    assert child["PYTHONPATH"].endswith(f"{os.pathsep}/mine"), "behind this package"
 
 
 def test_a_mark_names_job_attempt_and_fence() -> None:

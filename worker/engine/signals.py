@@ -1,9 +1,16 @@
-"""What the outside may ask of a trainer while it works, and when it is heard."""
+"""What the outside may ask of a trainer while it works, and when it is heard.
 
+TERM, INT and USR1 are noted, and obeyed at a border. USR2 is answered at once and from C, since who asks it has heard
+nothing for long: the stack of every thread goes to standard error.
+"""
+
+import faulthandler
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+STANDARD_ERROR = 2  # the descriptor, whatever sys.stderr has become
 
 
 class Stopped(Exception):
@@ -22,9 +29,11 @@ class Signals:
     def installed(self) -> Iterator["Signals"]:
         handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGUSR1: self._checkpoint}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        faulthandler.register(signal.SIGUSR2, file=STANDARD_ERROR)
         try:
             yield self
         finally:
+            faulthandler.unregister(signal.SIGUSR2)
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -45,7 +45,7 @@ DUMMY_WIDTH = 1  # slots of the row without a trained token that a rank runs whe
 # attention: in proportion l (12 h + l). Work only balances ranks, so one h serves for all: that of a 1 B model.
 LINEAR_WORK_PER_TOKEN = 12 * 2048
 
-# What a report lays out of an epoch at most; more is estimated from steps spread evenly.
+# What is laid out of an epoch at most to know all of it; more is estimated from steps spread evenly.
 MOST_STEPS = 1000
 MOST_SAMPLES = 1 << 16
 SHARE_OF_OTHERS = 8  # the ways that a job does not go get an eighth of that each
@@ -92,6 +92,13 @@ def lay_out(step: Step, settings: PlanSettings) -> StepLayout:
         slots=sum(num_slots(micro_batch) for micro_batches in ranks for micro_batch in micro_batches),
         rows=sum(len(micro_batch) for micro_batches in per_rank for micro_batch in micro_batches),
     )
+
+
+def lay_out_alone(step: Step) -> StepLayout:
+    """Each segment in a row and a pass of its own, on one rank: what every other layout promises to equal."""
+    passes = tuple(((segment,),) for segment in step.segments)
+    tokens = _tokens(step.segments)
+    return StepLayout((passes,), tokens=tokens, slots=tokens, rows=len(passes))
 
 
 def num_slots(micro_batch: MicroBatch) -> int:
@@ -274,8 +281,7 @@ def report(
         key = algorithm if way.rows_are_planned else None
         plan = plans.get(key) or plans.setdefault(key, plan_epoch(lengths, way, seed, 1, count_targets))
         share = 1 if (mode, algorithm) == own else SHARE_OF_OTHERS
-        num_steps = min(most_steps // share, most_samples // share * len(plan) // len(plan.order))
-        reports[mode, algorithm] = _report_way(plan, way, max(1, num_steps))
+        reports[mode, algorithm] = _report_way(plan, way, spread(plan, most_steps // share, most_samples // share))
     whole = plans[None]
     return PackingReport(
         mine=reports.pop(own),
@@ -285,11 +291,16 @@ def report(
     )
 
 
-def _report_way(plan: EpochPlan, settings: PlanSettings, most_steps: int) -> WayReport:
-    num_steps = min(most_steps, len(plan))
+def spread(plan: EpochPlan, most_steps: int = MOST_STEPS, most_samples: int = MOST_SAMPLES) -> list[int]:
+    """So many of an epoch's steps, by index and evenly: all, where that is within the bounds."""
+    num_steps = max(1, min(len(plan), most_steps, most_samples * len(plan) // len(plan.order)))
+    return [number * (len(plan) - 1) // max(1, num_steps - 1) for number in range(num_steps)]
+
+
+def _report_way(plan: EpochPlan, settings: PlanSettings, indices: Sequence[int]) -> WayReport:
     rows = tokens = slots = baseline = 0
-    for number in range(num_steps):
-        step = plan.step(number * (len(plan) - 1) // max(1, num_steps - 1))
+    for index in indices:
+        step = plan.step(index)
         layout = lay_out(step, settings)
         rows += layout.rows
         tokens += layout.tokens
@@ -303,7 +314,7 @@ def _report_way(plan: EpochPlan, settings: PlanSettings, most_steps: int) -> Way
         mode=settings.mode,
         algorithm=settings.algorithm,
         steps_per_epoch=len(plan),
-        steps_laid_out=num_steps,
+        steps_laid_out=len(indices),
         rows=of_epoch(rows) if plan.row_offsets is None else len(plan.row_offsets) - 1,
         tokens=plan.tokens,
         slots=of_epoch(slots),

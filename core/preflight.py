@@ -13,7 +13,17 @@ from itertools import accumulate, pairwise
 
 from core.errors import Reason, UserError
 from core.events import Choice
-from core.layout import MOST_STEPS, MicroBatch, PackingReport, StepLayout, lay_out, num_slots, padded_efficiency, report
+from core.layout import (
+    MicroBatch,
+    PackingReport,
+    StepLayout,
+    lay_out,
+    lay_out_alone,
+    num_slots,
+    padded_efficiency,
+    report,
+    spread,
+)
 from core.packing import BatchBy, PlanSettings, RunPlan, SampleSet, Segment, Step, plan_run
 from core.presets import auto_attention, auto_dtype, auto_gradient_checkpointing, auto_learning_rate
 from core.profile import DataProfile, ModelProfile
@@ -78,12 +88,13 @@ class JobPlan:
     def validation_ids(self) -> tuple[int, ...]:
         return tuple(self.selection.validation.sample_ids.tolist())
 
-    def step(self, number: int) -> StepWork:
-        """Optimizer step `number`, from 1."""
+    def step(self, number: int, *, is_alone: bool = False) -> StepWork:
+        """Optimizer step `number`, from 1; `is_alone` gives each of its segments a row of its own."""
         planned = self.run.step_at(number)
         step = self._by_global_id(planned)
         targets = dict(zip(step.segments, self.selection.targets_of(planned.segments), strict=True))
-        return StepWork(number, step.epochs_done, step.segments, targets, lay_out(step, self.settings))
+        layout = lay_out_alone(step) if is_alone else lay_out(step, self.settings)
+        return StepWork(number, step.epochs_done, step.segments, targets, layout)
 
     def _by_global_id(self, step: Step) -> Step:
         """A planned segment is a part of a piece, which is a part of a sample."""
@@ -118,14 +129,20 @@ class JobPlan:
 
     def largest_micro_batch(self) -> MicroBatch:
         """The forward pass with the most slots, and of those the one with the longest sample: run first, it meets an
-        out-of-memory in seconds. Exact up to MOST_STEPS steps an epoch, else the largest of so many."""
-        return max(self._first_micro_batches(), key=_size)
-
-    def _first_micro_batches(self) -> Iterator[MicroBatch]:
-        steps = self.run.steps_of_epoch[0]
-        for number in range(1, steps + 1, -(-steps // MOST_STEPS)):
-            for micro_batches in self.step(number).layout.ranks:
-                yield from micro_batches
+        out-of-memory in seconds. Of the first epoch's steps as far as core.layout lays them out, and always of the one
+        with the longest sample."""
+        epoch = self.run.epoch_plan(1)
+        longest = int((epoch.ends - epoch.starts).argmax())
+        with_longest = int(epoch.step_offsets.searchsorted(longest, side="right")) - 1
+        steps = {index + 1 for index in (*spread(epoch), with_longest)}
+        micro_batches = (
+            micro_batch
+            for number in sorted(steps)
+            if number <= self.total_steps
+            for passes in self.step(number).layout.ranks
+            for micro_batch in passes
+        )
+        return max(micro_batches, key=_size)
 
     def validation_layouts(self) -> Iterator[StepLayout]:
         """The held-out samples in rows and micro-batches, VALIDATION_CHUNK samples at a time, similar lengths

@@ -103,13 +103,15 @@ class Samples:
 
     @cached_property
     def _runs(self) -> tuple[IntArray, IntArray, IntArray]:
-        """Start and end of every trained run in that line of tokens, and the trained tokens before each."""
+        """Start and end of every trained run in that line of tokens, and the trained tokens before each; behind the
+        last stands one that is never reached."""
         runs = [profile.sample_runs for profile in self.profiles]
         bounds = [profile.run_bounds for profile in self.profiles]
         assert None not in runs and None not in bounds
         of_sample = np.repeat(self._first_token[:-1], _joined([column for column in runs if column is not None]))
         starts, ends = _joined([column for column in bounds if column is not None]).reshape(-1, 2).T + of_sample
-        return starts, ends, np.concatenate(([0], np.cumsum(ends - starts)))
+        never = np.iinfo(np.int64).max
+        return np.append(starts, never), np.append(ends, never), np.concatenate(([0], np.cumsum(ends - starts)))
 
     def count_targets(self, sample_ids: IntArray, starts: IntArray, ends: IntArray) -> IntArray:
         """Of the pieces from `starts` to `ends`: their trained tokens but the first token, which nothing predicts."""
@@ -118,18 +120,17 @@ class Samples:
 
     def _trained_before(self, positions: IntArray) -> IntArray:
         starts, ends, before = self._runs
-        behind = np.searchsorted(ends, positions, side="right")  # runs that have ended
-        within = np.append(starts, np.iinfo(np.int64).max)[behind]
-        found: IntArray = before[behind] + np.maximum(0, positions - within)
+        num_ended = np.searchsorted(ends, positions, side="right")
+        found: IntArray = before[num_ended] + np.maximum(0, positions - starts[num_ended])
         return found
 
     def last_run_end(self, sample_ids: IntArray, after: IntArray, up_to: IntArray) -> IntArray:
         """The last end of a trained run in (after, up_to], positions within the samples; 0 where there is none."""
         _, ends, _ = self._runs
         first = self._first_token[sample_ids]
-        place = np.searchsorted(ends, first + up_to, side="right") - 1
-        found = np.append(ends, 0)[place] - first
-        return np.where((place >= 0) & (found > after), found, 0)
+        num_ended = np.searchsorted(ends, first + up_to, side="right")
+        found = ends[num_ended - 1] - first
+        return np.where((num_ended > 0) & (found > after), found, 0)
 
     def whole(self, sample_ids: IntArray) -> Pieces:
         return Pieces(sample_ids, np.zeros_like(sample_ids), self.lengths[sample_ids], self.trained[sample_ids])
@@ -155,10 +156,14 @@ class Selection:
 
     def count_targets(self, positions: IntArray, starts: IntArray, ends: IntArray) -> IntArray:
         """Of parts of the pieces at `positions` of `train`, from `starts` to `ends` within them."""
-        if (starts == 0).all() and (ends == self.train.lengths[positions]).all():
-            return self.train.targets[positions]
-        first = self.train.starts[positions]
-        return self.samples.count_targets(self.train.sample_ids[positions], first + starts, first + ends)
+        targets = self.train.targets[positions]
+        is_part = (starts > 0) | (ends < self.train.lengths[positions])
+        if is_part.any():
+            positions, starts, ends = positions[is_part], starts[is_part], ends[is_part]
+            first = self.train.starts[positions]
+            parts = self.samples.count_targets(self.train.sample_ids[positions], first + starts, first + ends)
+            targets[is_part] = parts
+        return targets
 
     def targets_of(self, segments: Sequence[Segment]) -> list[int]:
         """Of each segment of a step, whose `sample` is a position in `train`."""

@@ -5,7 +5,8 @@ trained when it starts within a trained span, so one that straddles the beginnin
 prompt). The spans come from the template's generation marks where it has one for each assistant turn. Elsewhere they
 are the borders of the turn: it begins where the rendering up to it, with the generation prompt, ends, and ends where
 the rendering with it ends. Some templates write a turn otherwise than their generation prompt announces it (a prompt
-that opens a reasoning block); then the turn begins where the two renderings part.
+that opens a reasoning block); then the turn begins where the two renderings part, and a token across that place is the
+turn's, since in service another one stands there.
 
 Many templates rewrite history: they drop the reasoning of earlier turns, or mark the last turn. Then no single text
 holds every turn in the context in which the model will see it, and the conversation is trained as one sample for each
@@ -169,6 +170,7 @@ class _Draft:
     spans: tuple[Span, ...]
     num_turns: int
     are_turns: bool = True  # the spans are assistant turns, so their ends are set by the end-of-turn token
+    parted: frozenset[int] = frozenset()  # starts of spans where the served context parts from this text
     ends_if_split: tuple[int, ...] = ()  # of `whole`: where the text of each turn's own sample would end
     are_marked: bool = False
     is_plain: bool = False  # no template wrote this text, so it gets the tokenizer's own begin and end
@@ -202,6 +204,7 @@ class _Renderer:
         self._template_messages, self._tools = to_template_messages(conversation)
         self._tokenizer = tokenizer
         self._renderings: dict[tuple[int, bool], Rendering] = {}
+        self.parted: set[int] = set()
 
     def up_to(self, num_messages: int, *, with_prompt: bool = False) -> Rendering:
         key = (num_messages, with_prompt)
@@ -221,13 +224,28 @@ class _Renderer:
         return [Span(*span) for span in generated] if len(generated) == bisect_left(self.turns, num_messages) else None
 
     def border(self, turn: int) -> Span | None:
-        """Where a turn stands in `up_to(turn + 1)`; None where adding it rewrites what stands before it."""
+        """Where a turn stands in `up_to(turn + 1)`; None where adding it rewrites what stands before it. Notes in
+        `parted` a turn that the template writes otherwise than its generation prompt announces."""
         before = self.up_to(turn, with_prompt=True).text
         text = self.up_to(turn + 1).text
         start = _common_length(before, text)
-        if start < len(before) and start < _common_length(before, self.up_to(turn).text):
-            return None
+        if start < len(before):
+            if start < _common_length(before, self.up_to(turn).text):
+                return None
+            self.parted.add(start)
         return Span(start, len(text))
+
+    def served(self, turn: int) -> tuple[str, Span] | None:
+        """A turn in the context that the model sees, where adding the turn rewrites that context: the turn is what
+        stands behind the last message and the generation prompt, which are found again. None where they are not."""
+        before = self.up_to(turn, with_prompt=True).text
+        text = self.up_to(turn + 1).text
+        behind_last = before[_common_length(before, self.up_to(turn - 1).text) :]
+        place = text.rfind(behind_last)
+        if turn == 0 or place < 0:
+            return None
+        whole = before + text[place + len(behind_last) :]
+        return whole, Span(len(before), len(whole))
 
     def trained_turns(self, train_on: TrainOn) -> list[int]:
         turns = self.turns[-1:] if train_on == "last" else self.turns
@@ -253,7 +271,8 @@ def _draft_whole(renderer: _Renderer, train_on: TrainOn) -> _Draft | None:
     if train_on == "all":
         spans_all = _complement(spans, len(text))
         return _Draft(text, spans_all, len(trained), are_turns=False, ends_if_split=ends)
-    return _Draft(text, tuple(spans), len(trained), are_marked=marks is not None, ends_if_split=ends)
+    parted = frozenset(renderer.parted)
+    return _Draft(text, tuple(spans), len(trained), are_marked=marks is not None, parted=parted, ends_if_split=ends)
 
 
 def _ends_if_split(renderer: _Renderer, trained: Sequence[int], marks: Sequence[Span] | None) -> tuple[int, ...]:
@@ -279,11 +298,19 @@ def _draft_split(renderer: _Renderer, train_on: TrainOn, *, fell_back: bool = Fa
             drafts.append(_Draft(text, (span,), num_turns=1, are_turns=False, fell_back=fell_back))
             previous = text
             continue
-        marks = renderer.marks(turn + 1)
-        border = marks[-1] if marks is not None else renderer.border(turn)
+        renderer.parted.clear()
+        border, marks = renderer.border(turn), renderer.marks(turn + 1)
         if border is None:
-            raise UserError("chat.no_border", turn=turn + 1)
-        drafts.append(_Draft(text, (border,), num_turns=1, are_marked=marks is not None, fell_back=fell_back))
+            served, marks = renderer.served(turn), None
+            if served is None:
+                raise UserError("chat.no_border", turn=turn + 1)
+            text, border = served
+        if marks is not None:
+            border = marks[-1]
+        parted = frozenset(renderer.parted)
+        drafts.append(
+            _Draft(text, (border,), num_turns=1, are_marked=marks is not None, parted=parted, fell_back=fell_back)
+        )
     return drafts
 
 
@@ -320,6 +347,8 @@ def _finish(draft: _Draft, encoding: Encoding, tokenizer: ChatTokenizer) -> Samp
     runs: list[Span] = []
     for span in draft.spans:
         first = encoding.first_from(span.start)
+        if span.start in draft.parted and first > 0 and encoding.end_of(first - 1) > span.start:
+            first -= 1
         end = encoding.first_from(span.end) if span.end < len(draft.text) else len(token_ids)
         if draft.are_turns:
             end = _end_of_turn(draft, encoding, span, first, end)

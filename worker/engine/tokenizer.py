@@ -8,6 +8,8 @@ text whose template wrote one, and would cut leading spaces off the tokens' offs
 What is known to differ between families:
 - Llama 3.x templates write the day's date unless they are given one, so a sample's tokens change at midnight.
 - A generation block inside a macro or a {% set %} block is reported where it was called, not where its text ends up.
+- Templates of models that also see take a text as a list of parts; given a plain one, some of them write nothing, and
+  others fail. A few concatenate a call's arguments as text, where most write an object as JSON. Both are asked once.
 - Where a tokenizer doesn't flag its end-of-turn token as special, what generation_config.json names as an end counts.
 - A built-in template's turn marks are ordinary text to a tokenizer that has no such tokens, a handful of them for each
   mark, none of which says "the end" and nothing else. So they are added, as special tokens, and the model gets rows for
@@ -51,6 +53,18 @@ TEMPLATE_FAULTS = (
     ArithmeticError,
     RecursionError,
 )
+# What a template is asked when it is loaded, to see whether it writes what it is given.
+PROBE_QUESTION: dict[str, object] = {"role": "user", "content": "Pegbox"}
+PROBE_CALL: dict[str, object] = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"id": "probe0001", "type": "function", "function": {"name": "probe", "arguments": {"of": "scroll"}}}
+    ],
+}
+PROBE_TOOLS: list[dict[str, object]] = [
+    {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object"}}}
+]
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for a character whose bytes are not all there
 MAX_GENERATION_CONFIG_BYTES = 1_000_000
 
@@ -83,6 +97,14 @@ class HfChatTokenizer:
         rust.no_truncation()
         rust.no_padding()
         self._rust = rust
+        self._wants_parts = self._wants_argument_text = False
+        if self.has_template:
+            self._wants_parts = not self._writes("Pegbox", [PROBE_QUESTION]) and self._writes(
+                "Pegbox", [_with_parts(PROBE_QUESTION)]
+            )
+            self._wants_argument_text = not self._writes("scroll", [PROBE_QUESTION, PROBE_CALL]) and self._writes(
+                "scroll", [PROBE_QUESTION, _with_argument_text(PROBE_CALL)]
+            )
         flagged = (number for number, token in rust.get_added_tokens_decoder().items() if token.special)
         self._special_ids = frozenset([*flagged, *end_ids, *([] if self.eos_id is None else [self.eos_id])])
 
@@ -130,6 +152,22 @@ class HfChatTokenizer:
         number: int | None = self.tokenizer.eos_token_id
         return number
 
+    def _shape(self, messages: list[dict[str, object]]) -> list[dict[str, object]]:
+        """As this template reads them."""
+        if self._wants_parts:
+            messages = [_with_parts(message) for message in messages]
+        if self._wants_argument_text:
+            messages = [_with_argument_text(message) for message in messages]
+        return messages
+
+    def _writes(self, needle: str, messages: list[dict[str, object]]) -> bool:
+        try:
+            return needle in self.render(messages, PROBE_TOOLS if len(messages) > 1 else None, False).text
+        except UserError as error:
+            if error.code != "chat.template_refused":
+                raise
+            return False
+
     def render(
         self, messages: list[dict[str, object]], tools: list[dict[str, object]] | None, add_generation_prompt: bool
     ) -> Rendering:
@@ -139,7 +177,7 @@ class HfChatTokenizer:
         try:
             with self._guard():
                 (text,), marks = render_jinja_template(
-                    [messages],
+                    [self._shape(messages)],
                     tools=tools or None,
                     chat_template=template,
                     return_assistant_tokens_mask=is_marked,
@@ -225,6 +263,28 @@ class HfEncoding:
 
     def is_special(self, index: int) -> bool:
         return self.ids[index] in self._special_ids
+
+
+def _with_parts(message: dict[str, object]) -> dict[str, object]:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _with_argument_text(message: dict[str, object]) -> dict[str, object]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    functions = [call["function"] for call in calls]
+    texts = [
+        arguments if isinstance(arguments := function["arguments"], str) else json.dumps(arguments, ensure_ascii=False)
+        for function in functions
+    ]
+    return {
+        **message,
+        "tool_calls": [
+            {**call, "function": {**function, "arguments": text}}
+            for call, function, text in zip(calls, functions, texts, strict=True)
+        ],
+    }
 
 
 def _choose_templates(own: str | dict[str, str] | None, name: str | None) -> tuple[str | None, str | None]:

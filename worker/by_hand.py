@@ -27,6 +27,7 @@ from core.demo_data import DEMO_MODEL
 from core.errors import UserError
 from core.preflight import plan_job
 from core.spec import JobSpec, ValidationDataset, is_path, parse_spec
+from core.states import Outcome
 from core.wire import ADAPTER_FILES
 from worker.diagnosis import Evidence, diagnose, num_oom_kills
 from worker.gpus import sample_gpus
@@ -94,21 +95,26 @@ def prepare_directory(
         _refuse_foreign(out)
     if _is_finished(out):
         return Prepared(out, is_finished=True)
-    inputs = Inputs(
+    inputs = gather(spec, model_roots, cache_dir, resume=tuple(map(str, _checkpoints(out))))
+    (out / "outcome.json").unlink(missing_ok=True)
+    write_json(out / "inputs.json", inputs)
+    write_json(spec_path, spec)
+    return Prepared(out, is_finished=False)
+
+
+def gather(spec: JobSpec, model_roots: tuple[Path, ...], cache_dir: Path, resume: tuple[str, ...] = ()) -> Inputs:
+    """Where everything that the spec names lies on this machine. Raises UserError for what does not."""
+    return Inputs(
         model_path=str(_find_model(spec.model.base, model_roots)),
         model_name=spec.model.base,
         data=tuple(_find_data(name) for name in _dataset_names(spec)),
         adapter_path=_find_adapter(spec),
-        resume=tuple(str(path) for path in _checkpoints(out)),
+        resume=resume,
         devices=own_devices(spec.parallel.devices),
         ranks=spec.parallel.devices,
         cache_dir=str(cache_dir),
         threads=_threads_per_rank(spec.parallel.devices),
     )
-    (out / "outcome.json").unlink(missing_ok=True)
-    write_json(out / "inputs.json", inputs)
-    write_json(spec_path, spec)
-    return Prepared(out, is_finished=False)
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -144,20 +150,26 @@ def _find_data(name: str) -> InputFile:
     return InputFile(dataset=name, path=str(path.resolve()), sha256=digest)
 
 
+def visible_gpus() -> list[str]:
+    """Numbers or UUIDs of the GPUs that this process may use."""
+    gpus = [str(sample.index) for sample in sample_gpus()]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not gpus or named is None:
+        return gpus
+    # As CUDA reads it: up to the first that is none, so that "" or -1 asks for the CPU.
+    return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, named.split(","))))
+
+
 def own_devices(num_ranks: int) -> tuple[str, ...]:
     """The first GPUs that this process may see, one a rank; without any it is the CPU, on which all ranks run. A GPU
     that torch can't use is an error later, never a slow CPU run.
 
     Raises UserError train.too_few_gpus."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [str(sample.index) for sample in sample_gpus()]
-    if gpus and named is not None:
-        # As CUDA reads it: numbers or UUIDs up to the first that is none, so that "" or -1 asks for the CPU.
-        gpus = list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, named.split(","))))
+    gpus = visible_gpus()
     if not gpus:
         return ("cpu0",)
     if len(gpus) < num_ranks:
-        source = "this machine has" if named is None else "CUDA_VISIBLE_DEVICES names"
+        source = "this machine has" if "CUDA_VISIBLE_DEVICES" not in os.environ else "CUDA_VISIBLE_DEVICES names"
         raise UserError("train.too_few_gpus", "parallel.devices", asked=num_ranks, source=source, there=len(gpus))
     return tuple(f"gpu{name}" for name in gpus[:num_ranks])
 
@@ -174,6 +186,20 @@ def _find_adapter(spec: JobSpec) -> str:
     if not all((folder / name).is_file() for name in ADAPTER_FILES):
         raise UserError("train.no_adapter", "model.adapter", folder=str(folder.absolute()))
     return str(folder.resolve())
+
+
+def find_adapter(folder: Path, base: str | None, model_roots: tuple[Path, ...]) -> tuple[Path, Path]:
+    """For `pegbox merge`: the adapter in `folder`, a job's directory or its result, and the model that it belongs to:
+    `base` where it is given, else the one that it names.
+
+    Raises UserError merge.no_adapter and train.no_model."""
+    adapter = folder / "result" if (folder / "result").is_dir() else folder
+    if not all((adapter / name).is_file() for name in ADAPTER_FILES):
+        raise UserError("merge.no_adapter", folder=str(folder))
+    named = json.loads((adapter / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+    if base is None and (folder / "inputs.json").is_file():
+        base = Inputs.model_validate_json((folder / "inputs.json").read_bytes()).model_path
+    return adapter, _find_model(base or str(named), model_roots)
 
 
 def _find_model(base: str, model_roots: tuple[Path, ...]) -> Path:
@@ -213,9 +239,9 @@ class _Wishes:
                 signal.signal(number, handler)
 
 
-def train_ranks(directory: Path, argv: Sequence[str] = TRAINER_ARGV) -> int:
+def train_ranks(directory: Path, argv: Sequence[str] = TRAINER_ARGV, *, is_quiet: bool = False) -> int:
     """Runs the ranks of a prepared directory to their end and returns the exit code: outcome.json's, or 128 and the
-    signal that ended a rank."""
+    signal that ended a rank. What they print, and why they failed, goes to stderr, or nowhere where it `is_quiet`."""
     inputs = Inputs.model_validate_json((directory / "inputs.json").read_bytes())
     mark = f"train.{uuid.uuid4().hex}"
     environment = own_environment(
@@ -223,11 +249,12 @@ def train_ranks(directory: Path, argv: Sequence[str] = TRAINER_ARGV) -> int:
     )
     num_oom_kills_before = num_oom_kills()
     wishes, num_checkpoints = _Wishes(), 0
+    show = _pass_over if is_quiet else _show
     with wishes.heard():
         trainer = Trainer(argv, directory.resolve(), environment, num_ranks=inputs.ranks)
         while (returncode := trainer.poll()) is None:
             trainer.wait_for_output(_LOOK_EVERY_S)
-            _show(trainer.read_lines())
+            show(trainer.read_lines())
             if wishes.num_stops > 1:
                 trainer.kill()
             elif wishes.num_stops:
@@ -236,7 +263,7 @@ def train_ranks(directory: Path, argv: Sequence[str] = TRAINER_ARGV) -> int:
                 num_checkpoints = wishes.num_checkpoints
                 trainer.send(signal.SIGUSR1)
         left = sweep(mark, timeout_s=_SWEEP_S)
-        _show(trainer.read_rest())
+        show(trainer.read_rest())
     outcome = read_outcome(directory)
     death = trainer.death()
     end = diagnose(
@@ -258,9 +285,11 @@ def train_ranks(directory: Path, argv: Sequence[str] = TRAINER_ARGV) -> int:
     if left:
         sys.stderr.write(f"processes {left} could not be killed and may still hold their devices\n")
     if outcome is None:
-        _show(Line(0, text) for text in trainer.launcher_tail())
-    if outcome is None or end.text != outcome.text:
-        sys.stderr.write(f"{end.text}\n{end.remedy}\n" if end.remedy else f"{end.text}\n")
+        show(Line(0, text) for text in trainer.launcher_tail())
+    if not is_quiet and (outcome is None or end.text != outcome.text):
+        # Nobody tries it again here.
+        remedy = "the same command goes on from its newest checkpoint" if end.outcome is Outcome.LOST else end.remedy
+        sys.stderr.write(f"{end.text}; {remedy}\n" if remedy else f"{end.text}\n")
     assert end.exit_code is not None
     return end.exit_code
 
@@ -268,6 +297,11 @@ def train_ranks(directory: Path, argv: Sequence[str] = TRAINER_ARGV) -> int:
 def _show(lines: Iterable[Line]) -> None:
     for line in lines:
         sys.stderr.write(f"{line.text}\n" if line.rank == 0 else f"[rank {line.rank}] {line.text}\n")
+
+
+def _pass_over(lines: Iterable[Line]) -> None:
+    for _ in lines:  # read, or the pipe fills up
+        pass
 
 
 def _gpu_environment(devices: Sequence[str]) -> dict[str, str]:
@@ -281,7 +315,7 @@ def print_plan(spec: JobSpec, model_roots: tuple[Path, ...], cache_dir: Path) ->
     """`--dry-run`: reads model and data as a run would, and prints what it would do, as one JSON object on stdout."""
     from worker.engine.data import load_corpus
     from worker.engine.device import find_device
-    from worker.engine.models import profile_model
+    from worker.engine.models import profile_with_hashes
     from worker.engine.tokenizer import HfChatTokenizer
 
     model_path = _find_model(spec.model.base, model_roots)
@@ -296,7 +330,7 @@ def print_plan(spec: JobSpec, model_roots: tuple[Path, ...], cache_dir: Path) ->
     plan = plan_job(
         spec,
         corpus.profiles,
-        profile_model(model_path, spec.model.base),
+        profile_with_hashes(model_path, spec.model.base, cache_dir),
         find_device(own_devices(spec.parallel.devices)[0])[1],
     )
     shown = {**plan.plan_event(), "learning_rate": plan.learning_rates(), "spec": plan.spec.model_dump(mode="json")}

@@ -23,13 +23,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from core.errors import UserError
-from worker.engine.attention import SEGMENTED, UnsupportedAttention
+from worker.engine.attention import FLEX, SEGMENTED, UnsupportedAttention
 from worker.engine.batches import Batch, of_tokens
+from worker.engine.segments import Segments
 
-Attention = Literal["flash", "sdpa", "eager"]
-ATTENTION_NAMES: dict[Attention, str] = {"flash": SEGMENTED, "sdpa": "sdpa", "eager": "eager"}
+Attention = Literal["flash", "flex", "sdpa", "eager"]
+ATTENTION_NAMES: dict[Attention, str] = {"flash": SEGMENTED, "flex": FLEX, "sdpa": "sdpa", "eager": "eager"}
 # In the order in which `auto` tries them.
 ATTENTIONS: tuple[Attention, ...] = ("flash", "sdpa", "eager")
+
+COSTLIEST_FIRST = ("plain", "sdpa", "flash_attn", "varlen", "flex")  # kernels of attention.py
+DENSE_COST = "it builds a mask of N x N for each row, so memory and time grow with the square of a row"
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -65,6 +69,8 @@ class LanguageModel:
         self.device = device
         self.dtype = dtype
         self.attention: Attention = "eager"
+        self.attention_reason = "nothing was chosen"
+        self._kernel: str | None = None
         self.vocabulary: int = self.base.config.get_text_config().vocab_size
         self._decoder: nn.Module = self.base.get_decoder()
         self._head: Head | None = None
@@ -96,16 +102,21 @@ class LanguageModel:
         return sum(weight.numel() for weight in self.model.parameters())
 
     def features(self, batch: Batch) -> Tensor:
-        """What `logits` takes, at the batch's targets: hidden states, or logits where the head can't be had apart.
+        """What `logits` takes, at the batch's targets: hidden states, or logits where the head can't be had apart."""
+        return self._run(batch, self._segments_of(batch))
 
-        Never a cache and never a mask: with either, transformers takes a packed row for one sample."""
+    def _segments_of(self, batch: Batch) -> Segments:
+        return Segments(batch.segments, self.device)
+
+    def _run(self, batch: Batch, segments: Segments) -> Tensor:
+        """Never a cache and never a mask: with either, transformers takes a packed row for one sample."""
         module = self._decoder if self._head is not None else self.base
         output = module(
             input_ids=batch.token_ids_BN,
             position_ids=batch.position_ids_BN,
             attention_mask=None,
             use_cache=False,
-            **({"segments": batch.segments} if self.attention == "flash" else {}),
+            **({"segments": segments} if self.attention in ("flash", "flex") else {}),
         )
         states_BND: Tensor = output.last_hidden_state if self._head is not None else output.logits
         return states_BND.flatten(0, 1)[batch.target_index_T]
@@ -117,33 +128,60 @@ class LanguageModel:
 
     def choose_attention(self, asked: Literal["auto", "flash", "flex", "sdpa", "eager"], warn: Warn) -> None:
         """Raises UserError engine.attention_refused where the one that was asked for does not run."""
-        assert asked != "flex", "refused before"
         candidates: Sequence[Attention] = ATTENTIONS if asked == "auto" else (asked,)
         problems: list[str] = []
         for candidate in candidates:
             problem = self._try_attention(candidate)
             if problem is None:
-                if problems:
-                    cost = "it builds a mask of N x N for each row, so memory and time grow with the square of a row"
-                    warn("attention", f"attention {candidate} is used: {'; '.join(problems)}; {cost}")
-                return
+                break
             problems.append(f"{candidate} does not run on this model ({problem})")
-        raise UserError("engine.attention_refused", "compute.attention", problem="; ".join(problems))
+        else:
+            raise UserError("engine.attention_refused", "compute.attention", problem="; ".join(problems))
+        if self.device.type == "cuda" and self._kernel == "plain":
+            written_out = self.attention_reason
+            # flex computes caps and sinks too, and no scores of L x L.
+            if asked == "auto" and self._try_attention("flex") is None:
+                self.attention_reason += "; no flash kernel here computes this model's soft caps or sinks"
+                return
+            assert self._try_attention("flash") is None
+            problems.append(written_out)
+        elif self.device.type == "cuda" and self._kernel == "sdpa":
+            problems.append(f"{self.attention_reason}: more calls than flash attention's one, and slower")
+        if problems:
+            cost = f"; {DENSE_COST}" if self.attention in ("sdpa", "eager") else ""
+            warn("attention", f"attention {self.attention} is used: {'; '.join(problems)}{cost}")
 
     def _try_attention(self, candidate: Attention) -> str | None:
+        """What is wrong with it, or None, and then it is the one in use."""
         name = ATTENTION_NAMES[candidate]
         text_config = self.base.config.get_text_config()
-        if candidate == "flash" and "chunked_attention" in (getattr(text_config, "layer_types", None) or ()):
+        is_ours = candidate in ("flash", "flex")
+        if is_ours and "chunked_attention" in (getattr(text_config, "layer_types", None) or ()):
             return "its layers attend in chunks"
         try:
             self.base.set_attn_implementation(name)
             if self.base.config._attn_implementation != name:
                 return "its class does not let attention be chosen"
             self.attention = candidate
-            with torch.no_grad(), self.autocast():
-                self.features(self._trial_batch())
-        except (UnsupportedAttention, ValueError, TypeError, KeyError) as error:
+            batch = self._trial_batch()
+            segments = self._segments_of(batch)
+            # flex_attention has devices where all is there but the gradient.
+            with torch.set_grad_enabled(candidate == "flex"), self.autocast():
+                features_TD = self.enter(self._run, batch, segments)
+            if features_TD.requires_grad:
+                some_weight = next(iter(self.trainable().values()))
+                torch.autograd.grad(features_TD.float().sum(), some_weight, allow_unused=True)
+        except (UnsupportedAttention, NotImplementedError, ValueError, TypeError, KeyError) as error:
             return str(error).splitlines()[0].split(". ")[0]
+        kernels = dict(segments.used)
+        # Layers may differ; the costliest decides.
+        self._kernel = next((name for name in COSTLIEST_FIRST if name in kernels), None)
+        if not is_ours:
+            self.attention_reason = DENSE_COST
+        elif not kernels:
+            self.attention_reason = "this model has no attention that could be chosen"
+        else:
+            self.attention_reason = "; ".join(kernels[name] for name in COSTLIEST_FIRST if name in kernels)
         return None
 
     def find_head(self, warn: Warn) -> None:
@@ -168,7 +206,13 @@ class LanguageModel:
         self._head = head
         batch = self._trial_batch()
         with self.autocast():
-            return self.logits(self.features(batch)).float()
+            logits_TV: Tensor = self.enter(self._features_to_logits, batch)
+        return logits_TV.float()
+
+    def _features_to_logits(self, batch: Batch) -> Tensor:
+        features_TD = self.features(batch)
+        with self.head_gathered():
+            return self.logits(features_TD)
 
     def _trial_batch(self) -> Batch:
         token_ids = [1 + number * 7 % (self.vocabulary - 1) for number in range(2 * TRIAL_TOKENS)]
@@ -187,7 +231,8 @@ def relative_difference(first: Tensor, second: Tensor) -> float:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silences what a user can do nothing about: transformers 5.23 renamed gradient checkpointing, and PEFT 0.21 and
-    transformers 5.17 only know the old names; PEFT doubts GPT-2's tied weights, which come back equal all the same."""
+    transformers 5.17 only know the old names; PEFT doubts GPT-2's tied weights, which come back equal all the same, and
+    looks for the ranks of experts among the names of modules alone, though it heeds them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.problems import faults_lie_in_spec
 from app.profiles import Wanted, plan_for, read_result, want_profiles
 from app.services import AnyServices
-from core.errors import UserError
+from core.errors import Reason, UserError
+from core.layout import WayReport
 from core.preflight import JobPlan
 from core.profile import DataProfile, TokenPreview
 from core.schedule import lr_at
@@ -42,6 +43,23 @@ class Choice(BaseModel):
     reason: str
 
 
+class Way(BaseModel):
+    """One way to lay the first epoch out; the job's own is the first."""
+
+    mode: str
+    algorithm: str  # of packed rows
+    steps_per_epoch: int
+    rows: int
+    tokens: int
+    slots: int
+    padding_efficiency: float
+    padded_efficiency: float
+    fill: float
+    cuts: int
+    targets_lost: int
+    is_exact: bool  # rows and slots of long epochs are estimated from steps spread evenly
+
+
 class Preflight(BaseModel):
     total_steps: int
     steps_per_epoch: int
@@ -54,7 +72,8 @@ class Preflight(BaseModel):
     learning_rate_stride: int  # 1 up to 100,000 steps
     verdict: list[Remark]  # empty: nothing to remark. What can't run is a 422 instead
     choices: list[Choice]  # what each `auto` became, and why
-    counts: dict[str, int]  # every row and sample under what becomes of it
+    counts: dict[str, int]  # every row, sample and trained token under what becomes of it
+    ways: list[Way]
     max_length: int
     row_length: int
     samples: int
@@ -128,7 +147,8 @@ def preflight_of(plan: JobPlan) -> Preflight:
             **{name: facts[source] for name, source in renamed.items()},
             "learning_rate": [lr_at(plan.schedule, step) for step in range(0, plan.total_steps + 1, stride)],
             "learning_rate_stride": stride,
-            "verdict": list(remarks(plan.counts)),
+            "verdict": list(remarks(plan.all_counts)),
+            "ways": [_way(way) for way in plan.packing.ways],
             "choices": [Choice(field=c.field, value=c.value, reason=c.text()) for c in plan.choices],
         }
     )
@@ -140,12 +160,45 @@ def remarks(counts: dict[str, int]) -> Iterator[Remark]:
         ("warning", "rows_refused", "rows", "data.train"),
         ("warning", "samples_too_long", "samples", "data.max_length"),
         ("warning", "samples_without_trained_tokens", "samples", "data.train_on"),
+        ("warning", "samples_cut_to_nothing", "samples", "data.overlong"),
+        ("warning", "samples_truncated", "samples", "data.overlong"),
+        ("info", "samples_split", "samples", "data.overlong"),
+        ("warning", "targets_lost", "targets", "data.overlong"),
+        ("warning", "targets_lost_at_row_ends", "targets", "packing.algorithm"),
         ("info", "rows_beyond_max_samples", "rows", "data.max_samples"),
         ("info", "rows_held_out", "rows", "data.validation"),
     ):
         if counts.get(key):
             said = UserError(f"verdict.{key}", field, count=counts[key], total=counts[total])
             yield Remark(level=level, field=field, code=said.code, text=said.text())
+    saved = saved_by_whole(counts)
+    if saved is not None:
+        yield Remark(level="info", field="data.multi_turn", code=saved.code, text=saved.text())
+
+
+def saved_by_whole(counts: dict[str, int]) -> Reason | None:
+    """What whole conversations spare, where that is known and something."""
+    whole, split = counts.get("tokens_if_whole", 0), counts.get("tokens_if_split", 0)
+    if split <= whole:
+        return None
+    return Reason("verdict.whole_saves", {"whole": whole, "split": split, "ratio": f"{split / whole:.2f}"})
+
+
+def _way(way: WayReport) -> Way:
+    return Way(
+        mode=way.mode,
+        algorithm=way.algorithm,
+        steps_per_epoch=way.steps_per_epoch,
+        rows=way.rows,
+        tokens=way.tokens,
+        slots=way.slots,
+        padding_efficiency=way.padding_efficiency,
+        padded_efficiency=way.padded_efficiency,
+        fill=way.fill,
+        cuts=way.num_cuts,
+        targets_lost=way.targets_lost,
+        is_exact=way.is_exact,
+    )
 
 
 def _profiling(wanted: Wanted) -> Response:

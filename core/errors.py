@@ -81,7 +81,7 @@ TEXTS: dict[str, str] = {
     "plan.overlong": N_(
         "{num_dropped} of {num_samples} samples are longer than data.max_length {max_length} and would be dropped, "
         "with {share} of the trained tokens; raise data.max_length (the longest sample has {longest} tokens), "
-        "or set data.overlong to drop to accept it"
+        "or set data.overlong: truncate keeps the turns that fit, split makes several samples of one, drop accepts it"
     ),
     "plan.sample_too_long_for_row": N_(
         "data.max_length auto gives {max_length} tokens, above packing.row_length {row_length}; "
@@ -90,7 +90,8 @@ TEXTS: dict[str, str] = {
     "plan.overlong_context": N_(
         "{num_dropped} of {num_samples} samples are longer than the model's context of {max_length} tokens "
         "(the longest has {longest}) and would be dropped, with {share} of the trained tokens; "
-        "shorten them, choose a model with a longer context, or set data.overlong to drop to accept it"
+        "choose a model with a longer context, or set data.overlong: truncate keeps the turns that fit, split makes "
+        "several samples of one, drop accepts it"
     ),
     "plan.sample_longer_than_row": N_(
         "a sample of {length} tokens is longer than a row of {row_length}; set packing.row_length to at least {length}"
@@ -402,9 +403,21 @@ TEXTS: dict[str, str] = {
     "verdict.rows_beyond_max_samples": N_("{count:,} of {total:,} rows are left out by data.max_samples"),
     "verdict.rows_held_out": N_("{count:,} of {total:,} rows are held out for validation"),
     "verdict.rows_refused": N_("{count:,} of {total:,} rows are refused; the data set's report names each"),
+    "verdict.samples_cut_to_nothing": N_(
+        "{count:,} of {total:,} samples have no trained token within max_length and are left out"
+    ),
+    "verdict.samples_split": N_("{count:,} of {total:,} samples are longer than max_length and are split"),
     "verdict.samples_too_long": N_("{count:,} of {total:,} samples are longer than max_length and are dropped"),
+    "verdict.samples_truncated": N_("{count:,} of {total:,} samples are longer than max_length and are truncated"),
     "verdict.samples_without_trained_tokens": N_(
         "{count:,} of {total:,} samples have no token to learn and are dropped"
+    ),
+    "verdict.targets_lost": N_("{count:,} of {total:,} trained tokens are lost where samples are cut to max_length"),
+    "verdict.targets_lost_at_row_ends": N_(
+        "{count:,} of {total:,} trained tokens are lost an epoch where wrapped rows cut samples"
+    ),
+    "verdict.whole_saves": N_(
+        "Whole conversations are {whole:,} tokens; a sample for each turn would be {split:,}, {ratio} times as many."
     ),
     # -- app: requests -------------------------------------------------------------------------------------------
     "app.internal": N_("the server failed; its log says why under the request id {request_id}"),

@@ -159,13 +159,14 @@ class JobPlan:
         count_targets = selection.count_targets if selection.samples.know_their_runs else None
         return report(selection.train.lengths, self.settings, self.spec.seed, selection.max_length, count_targets)
 
-    def _counts_of_layout(self) -> dict[str, int]:
-        """What wrapped rows cut, in the first epoch; what one sample a turn would compute instead of whole
-        conversations, where every set knows it."""
-        counts = {}
+    @cached_property
+    def all_counts(self) -> dict[str, int]:
+        """Beside what the selection counts: what wrapped rows cut in the first epoch; what one sample a turn would
+        compute instead of whole conversations, where every set knows it."""
+        counts = dict(self.counts)
         if self.settings.algorithm == "wrapped":
             mine = self.packing.mine
-            counts = {
+            counts |= {
                 "cuts": mine.num_cuts,
                 "targets_lost_at_row_ends": mine.targets_lost,
                 "rows_without_targets": mine.rows_without_targets,
@@ -200,7 +201,7 @@ class JobPlan:
             "padding_efficiency": mine.padding_efficiency,
             "padded_efficiency": mine.padded_efficiency,
             "fill": mine.fill,
-            "counts": self.counts | self._counts_of_layout(),
+            "counts": self.all_counts,
             "choices": [choice.model_dump() for choice in self.choices],
         }
 

@@ -233,7 +233,10 @@ class Data(Part):
     overlong: Literal["drop", "truncate", "split"] | None = knob(
         None,
         "Overlong samples",
-        N_("Empty drops them, but refuses the job when that loses over 0.5 % of the trained tokens."),
+        N_(
+            "drop leaves them out; truncate keeps the turns that fit; split makes several samples of one, each without "
+            "what came before. Empty drops them, but refuses the job when that loses over 0.5 % of the trained tokens."
+        ),
         group="Data",
         advanced=True,
     )
@@ -246,11 +249,22 @@ class Packing(Part):
     mode: Literal["packed", "padding_free", "grouped", "padded"] = knob(
         "packed",
         "Packing",
-        N_("packed: short samples share a row, isolated from each other; no compute goes to pad tokens."),
+        N_(
+            "packed computes no pad: short samples share a row, isolated from each other. padding_free likewise, the "
+            "samples of a micro-batch in one row without a limit. grouped pads samples of like length, padded as they "
+            "come."
+        ),
         group="Packing",
     )
     algorithm: Literal["best_fit", "wrapped", "sequential"] = knob(
-        "best_fit", "Algorithm", N_("How rows are filled (packed only)."), group="Packing", advanced=True
+        "best_fit",
+        "Algorithm",
+        N_(
+            "Packed only. best_fit takes the fewest rows; sequential a few more, in the samples' order; wrapped fills "
+            "every row by cutting samples at its end, which loses a trained token a cut (by rows only)."
+        ),
+        group="Packing",
+        advanced=True,
     )
     row_length: Count | None = knob(
         None,
@@ -266,7 +280,10 @@ class Batch(Part):
     micro_batch_size: Annotated[Count, Field(le=4096)] = knob(
         1,
         "Micro-batch size",
-        N_("Rows a forward pass and device; changes memory and speed, not the step. Padding needs 2 or more to show."),
+        N_(
+            "Rows (padding_free: samples) a forward pass and device; changes memory and speed, not the step. "
+            "Padding needs 2 or more to show."
+        ),
         group="Batch",
         unit="rows",
     )

@@ -57,7 +57,21 @@ COUNTS: dict[str, str] = {
     "samples": N_("samples made of them"),
     "samples_without_trained_tokens": N_("samples without a trained token, left out"),
     "samples_too_long": N_("samples over the maximum length, left out"),
+    "samples_truncated": N_("samples truncated to the maximum length"),
+    "samples_split": N_("samples split to the maximum length"),
+    "samples_cut_to_nothing": N_("samples without a trained token in what is left, left out"),
     "samples_trained": N_("samples trained an epoch"),
+    "pieces": N_("pieces of them, a step's samples"),
+    "pieces_without_targets": N_("pieces without a trained token, left out"),
+    "targets": N_("trained tokens of these samples"),
+    "targets_too_long": N_("trained tokens in samples over the maximum length"),
+    "targets_lost": N_("trained tokens lost by cutting samples"),
+    "targets_trained": N_("trained tokens left"),
+    "cuts": N_("cuts at the ends of wrapped rows"),
+    "targets_lost_at_row_ends": N_("trained tokens lost by these cuts"),
+    "rows_without_targets": N_("wrapped rows without a trained token, left out"),
+    "tokens_if_whole": N_("tokens of whole conversations"),
+    "tokens_if_split": N_("tokens if each turn were a sample"),
     "samples_validation": N_("samples for validation"),
     "samples_validation_dropped": N_("samples for validation, left out"),
 }
@@ -137,6 +151,7 @@ def job_context(session: Session, services: Services, job: Job, tab: str) -> dic
                 "data_counts": [
                     (translate(COUNTS.get(name, name)), number)
                     for name, number in (job.plan or {}).get("counts", {}).items()
+                    if number
                 ],
             }
         case "files":

@@ -10,7 +10,7 @@ import yaml
 from app.forms import FormState, as_text, spec_of_form, written_spec
 from app.pages import format
 from app.pages.environment import translate
-from app.preflight import remarks
+from app.preflight import remarks, saved_by_whole
 from app.profiles import plan_for
 from app.services import Services
 from core.errors import N_, TEXTS, USER_FAULTS, Reason
@@ -23,7 +23,14 @@ MOST_CURVE_POINTS = 240
 
 OF_HOSTS = ("model.", "profile.")  # errors that end without anything being typed
 
-MODE_TITLES = {"packed": N_("packed"), "padded": N_("padded, as this form says")}
+WAY_TITLES: dict[tuple[str, str], str] = {
+    ("packed", "best_fit"): N_("packed"),
+    ("packed", "sequential"): N_("packed in the samples' order"),
+    ("packed", "wrapped"): N_("packed, samples cut at row ends"),
+    ("padding_free", "best_fit"): N_("padding-free"),
+    ("grouped", "best_fit"): N_("padded, grouped by length"),
+    ("padded", "best_fit"): N_("padded, as this form says"),
+}
 
 
 @dataclass(frozen=True)
@@ -62,19 +69,21 @@ def preflight_context(services: Services, state: FormState) -> dict[str, Any]:
         return context | {"state": state.with_errors(fault.errors), "may_pass": may_pass}
     if not isinstance(plan, JobPlan):
         return context | {"is_profiling": True}
-    context["warnings"] = [remark.text for remark in remarks(plan.counts) if remark.level == "warning"]
+    context["warnings"] = [remark.text for remark in remarks(plan.all_counts) if remark.level == "warning"]
     return context | {"report": _report(plan), "curve": draw(plan.schedule)}
 
 
 def _report(plan: JobPlan) -> dict[str, Any]:
     facts = plan.plan_event()
-    efficiency, padded = plan.spec.packing.mode, float(str(facts["padded_efficiency"]))
-    mine = float(str(facts["padding_efficiency"]))
+    mine = plan.packing.mine
+    saved = saved_by_whole(plan.all_counts)
     return facts | {
         "peak": plan.schedule.peak,
         "last": lr_at(plan.schedule, plan.total_steps),
-        "mode_title": translate(MODE_TITLES[efficiency]),
-        "ratio": format.significant(mine / padded, 2),
+        "mode_title": translate(WAY_TITLES[mine.mode, mine.algorithm]),
+        "ratio": format.significant(mine.padding_efficiency / mine.padded_efficiency, 2),
+        "rows_make_steps": plan.settings.rows_are_planned,
+        "saved_by_whole": None if saved is None else saved.text(translate),
         "choices": told_choices(facts["choices"]),
     }
 

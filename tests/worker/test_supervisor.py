@@ -282,9 +282,9 @@ def test_a_hang_before_the_first_step_has_a_patience_of_its_own(make_host: Calla
 
 
 def test_output_is_a_sign_of_life_only_while_no_steps_are_made(make_host: Callable[..., Host], ledger: Ledger) -> None:
-    host = make_host(ledger, hang_s=1.0, quiet_hang_s=3.0)
+    host = make_host(ledger, hang_s=1.0, quiet_hang_s=5.0)
     # Chatting for longer than either patience before the first step, and then for ever after the third.
-    entry, _ = host.start("chat=4 at=3 then=chat")
+    entry, _ = host.start("chat=6 at=3 then=chat")
     host.wait_for_finish(entry)
     assert entry.finish.reason == "hang"
     assert entry.steps() == [1, 2, 3]

@@ -75,6 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print as JSON what the job would do, and train nothing")
     train.add_argument("--fresh", action="store_true", help="start over: what DIR holds of this job is deleted")
 
+    certify = command("certify", _certify, "Prove on a job that packing, devices and ZeRO change nothing but its cost.")
+    certify.add_argument("-f", "--file", required=True, type=Path, metavar="SPEC", help="the spec, YAML or JSON")
+    certify.add_argument("--steps", type=int, default=3, metavar="K", help="optimizer steps of each layout (3)")
+    certify.add_argument("--ranks", type=int, metavar="N", help="devices for DDP and ZeRO (2, or the GPUs there are)")
+    certify.add_argument("--out", type=Path, metavar="DIR", help="keep the runs here (default: a temporary folder)")
+    certify.add_argument("-o", choices=("table", "json"), default="table", dest="form", help="how it is printed")
+
+    merge = command("merge", _merge, "Make a trained adapter part of its base: a model that any server takes.")
+    merge.add_argument("adapter", type=Path, metavar="RESULT", help="a job's directory, or its result/")
+    merge.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder for the merged model")
+    merge.add_argument("--base", metavar="MODEL", help="the base's folder or name (default: what the adapter names)")
+
     doctor = command("doctor", _doctor, "Say what this machine has, and what is missing with its remedy.")
     add_place(doctor)
 
@@ -176,6 +188,43 @@ def _train(arguments: argparse.Namespace) -> int:
     from worker.engine.train import main as train
 
     return train(prepared.directory)
+
+
+def _certify(arguments: argparse.Namespace) -> int:
+    import tempfile
+
+    from worker.by_hand import read_spec_file
+    from worker.certify import certify, most_ranks_here, write_certificate
+    from worker.settings import WorkerSettings
+
+    _read_dotenv()
+    spec = read_spec_file(arguments.file)
+    with tempfile.TemporaryDirectory(prefix="pegbox-certify-") as temporary:
+        certificate = certify(
+            spec,
+            arguments.out or Path(temporary),
+            WorkerSettings.from_environment(),
+            steps=arguments.steps,
+            most_ranks=arguments.ranks or most_ranks_here(),
+        )
+    write_certificate(certificate, arguments.form)
+    return 0 if certificate.holds else 1
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from worker.by_hand import find_adapter
+    from worker.engine.merge import merge
+    from worker.settings import WorkerSettings
+
+    _read_dotenv()
+    model_roots = WorkerSettings.from_environment().model_roots
+    adapter, base = find_adapter(arguments.adapter, arguments.base, model_roots)
+    merged = merge(adapter, base, arguments.out)
+    print(
+        f"{arguments.out} holds the merged model, checked: the adapter moves logits by {merged.effect:.2g} of their "
+        f"scale, and merging into {str(merged.dtype).removeprefix('torch.')} rounds them by {merged.rounding:.1g}"
+    )
+    return 0
 
 
 def _create_token(arguments: argparse.Namespace) -> int:

@@ -115,8 +115,13 @@ TEXTS: dict[str, str] = {
     # -- auto: what it became and why ----------------------------------------------------------------------------
     "auto.attention_cpu": N_("on a CPU, PyTorch's own flash kernel runs once for each sample: exact, O(N) memory"),
     "auto.attention_gpu": N_("PyTorch's own flash kernel runs once for each sample: exact, O(N) memory"),
-    "auto.checkpointing_cpu": N_("on a CPU time runs out before memory, so nothing is computed twice"),
-    "auto.checkpointing_gpu": N_("on a GPU memory runs out first; costs about a third more compute"),
+    "auto.checkpointing_needed": N_(
+        "without, an estimated {otherwise} would be needed of a device's {available}; with it {needed}, for about a "
+        "third more compute"
+    ),
+    "auto.checkpointing_none": N_(
+        "without, an estimated {needed} are needed of a device's {available}, so nothing is computed twice"
+    ),
     "auto.dtype_cpu": N_("a CPU computes fp32 best"),
     "auto.dtype_gpu": N_("{device} computes bf16"),
     "auto.dtype_old_gpu": N_("{device} has no bf16"),
@@ -131,13 +136,28 @@ TEXTS: dict[str, str] = {
     ),
     "auto.max_length_context": N_("the model's context of {context_length} tokens, although some samples are longer"),
     "auto.max_length_row": N_("a row's capacity, packing.row_length {row_length}"),
-    "auto.offload": N_("one device, and nothing that has to leave it"),
+    "auto.memory_short": N_(
+        "by estimate nothing fits: even so {needed} are needed of a device's {available}, so expect it to run out of "
+        "memory; take a shorter data.max_length or row, QLoRA, or more devices"
+    ),
+    "auto.memory_unknown": N_("the model's sizes are not known ({missing}), so memory cannot be planned"),
+    "auto.offload_needed": N_(
+        "without, an estimated {otherwise} would be needed of a device's {available}; with it {needed}, and steps "
+        "wait for the way to the host and back"
+    ),
+    "auto.offload_none": N_("an estimated {needed} are needed of a device's {available}, so nothing has to leave it"),
     "auto.row_length": N_("the same as data.max_length"),
     "auto.validation": N_("{held_out} of {num_rows} rows are held out: 2 %, at least 50, at most 500"),
     "auto.validation_given": N_("{held_out} of {num_rows} rows are held out, as given"),
     "auto.validation_none": N_("{num_rows} rows are fewer than 500, so none is held out"),
+    "auto.zero_fits": N_("with stage {stage} an estimated {needed} are needed of a device's {available}"),
+    "auto.zero_needed": N_(
+        "with less sharding an estimated {otherwise} would be needed of a device's {available}, with stage {stage} "
+        "{needed}"
+    ),
     "auto.zero_one_device": N_("with one device there is nothing to shard over"),
     # -- engine --------------------------------------------------------------------------------------------------
+    "certify.failed": N_("{layout} does not run, so nothing can be held against it: {reason}"),
     "engine.adapter_missing": N_(
         "{folder} holds no adapter_config.json, so there is no adapter to start from; "
         "name the folder of a saved adapter"
@@ -177,8 +197,8 @@ TEXTS: dict[str, str] = {
         "the checkpoint stands at step {step}, but this job has only {total_steps} steps; train longer, or start over"
     ),
     "engine.ranks": N_(
-        "the spec asks for {devices} devices and the job was given {given}, but {ranks} processes are at work; start it "
-        "with torchrun --standalone --nproc-per-node {devices}"
+        "the spec asks for {devices} devices and the job was given {given}, but {ranks} processes are at work; start "
+        "it with torchrun --standalone --nproc-per-node {devices}"
     ),
     "engine.quantised_base": N_(
         "the weights of this model are stored quantised ({kind}), which cannot be trained on exactly; choose the "
@@ -198,6 +218,38 @@ TEXTS: dict[str, str] = {
         "head and embedding of this model share their weight, and training {names} would part them; leave it out of "
         "method.modules_to_save"
     ),
+    # -- zero ----------------------------------------------------------------------------------------------------
+    "zero.cpu_adam": N_(
+        "parallel.offload {offload} steps on the CPU with DeepSpeed's own Adam, which could not be compiled here "
+        "({problem}); install g++ and ninja, or set parallel.offload to none"
+    ),
+    "zero.fp16": N_(
+        "fp16 needs its loss scaled, which is exact here without ZeRO alone; choose bf16 or fp32, or "
+        "parallel.zero_stage 0 instead of {stage}"
+    ),
+    "zero.new_tokens": N_(
+        "this job adds {num_tokens} token(s) to the model, whose rows cannot be made where ZeRO stage 3 has cut the "
+        "embedding; choose parallel.zero_stage 2, or the model's own chat template"
+    ),
+    "zero.offload_params": N_(
+        "only stage 3 cuts weights up, so stage {stage} cannot offload them; set it to optimizer"
+    ),
+    "zero.offload_stage": N_("parallel.offload {offload} moves shards, of which stage 0 has none; choose stage 2 or 3"),
+    "zero.other_cut": N_(
+        "the moments of {name} were cut for {was} rank(s) and cannot be cut anew for {now}: they share scales in "
+        "blocks; go on with as many devices and the same stage, or with adamw"
+    ),
+    "zero.qlora": N_(
+        "QLoRA under ZeRO stage 3 trains differently from stage 2, for a reason not yet found; choose "
+        "parallel.zero_stage 0, 1 or 2"
+    ),
+    "zero.vision": N_("a vision model is tuned on text under ZeRO stages 0 to 2 alone; choose parallel.zero_stage 2"),
+    # -- merge: pegbox merge ------------------------------------------------------------------------------------
+    "merge.no_adapter": N_(
+        "there is no adapter in {folder}; name a job's directory, its result/, or another folder with "
+        "adapter_config.json and adapter_model.safetensors"
+    ),
+    "merge.out_exists": N_("{folder} exists already; name a new folder"),
     # -- train: pegbox train by hand -----------------------------------------------------------------------------
     "train.data_is_no_path": N_(
         "{name} is not a file in {folder}; pegbox train takes the path of a JSONL or JSON file as data set"
@@ -312,6 +364,22 @@ TEXTS: dict[str, str] = {
         "{field} is a tool's result, but no assistant turn stands before it; put the call before its result"
     ),
     "data.two_systems": N_("{field} and the first turn both give a system text; keep one of them"),
+    # -- hub: data sets that are elsewhere -----------------------------------------------------------------------
+    "hub.bad_name": N_("{name} names no data set on a hub; write hf:ORG/NAME[/CONFIG][:SPLIT][@REVISION]"),
+    "hub.not_here": N_(
+        "{name} is on a hub, and this server fetches nothing from there; upload it as a file (Parquet, as hubs have it, "
+        "is fine), or train on it with pegbox train"
+    ),
+    "hub.other_revision": N_(
+        "{name} should be at commit {wanted}, and this machine has {found} of it; connect it to the hub once, or begin "
+        "anew with --fresh"
+    ),
+    "hub.unknown": N_("the hub has no data set {name}, or not for you: {problem}; check its name, and HF_TOKEN"),
+    "hub.unreachable": N_(
+        "{name} is not on this machine, and the hub cannot be reached ({problem}); download it where it can, and give "
+        "the path of the file"
+    ),
+    "hub.unusable": N_("{name} cannot be read: {problem}"),
     # -- chat ----------------------------------------------------------------------------------------------------
     "chat.no_border": N_(
         "the chat template rewrites what stands before turn {turn} when the turn is added, so nobody can say "

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -25,6 +25,7 @@ import yaml
 
 from core.demo_data import DEMO_MODEL
 from core.errors import UserError
+from core.hub import parse_hub_dataset
 from core.preflight import plan_job
 from core.spec import JobSpec, ValidationDataset, is_path, parse_spec
 from core.states import Outcome
@@ -95,19 +96,26 @@ def prepare_directory(
         _refuse_foreign(out)
     if _is_finished(out):
         return Prepared(out, is_finished=True)
-    inputs = gather(spec, model_roots, cache_dir, resume=tuple(map(str, _checkpoints(out))))
+    inputs = gather(spec, model_roots, cache_dir, resume=tuple(map(str, _checkpoints(out))), revisions=_revisions(out))
     (out / "outcome.json").unlink(missing_ok=True)
     write_json(out / "inputs.json", inputs)
     write_json(spec_path, spec)
     return Prepared(out, is_finished=False)
 
 
-def gather(spec: JobSpec, model_roots: tuple[Path, ...], cache_dir: Path, resume: tuple[str, ...] = ()) -> Inputs:
-    """Where everything that the spec names lies on this machine. Raises UserError for what does not."""
+def gather(
+    spec: JobSpec,
+    model_roots: tuple[Path, ...],
+    cache_dir: Path,
+    resume: tuple[str, ...] = (),
+    revisions: Mapping[str, str] | None = None,
+) -> Inputs:
+    """Where everything that the spec names lies on this machine. `revisions` are those at which data sets on a hub were
+    taken before. Raises UserError for what does not lie here."""
     return Inputs(
         model_path=str(_find_model(spec.model.base, model_roots)),
         model_name=spec.model.base,
-        data=tuple(_find_data(name) for name in _dataset_names(spec)),
+        data=tuple(_find_data(name, cache_dir, (revisions or {}).get(name)) for name in _dataset_names(spec)),
         adapter_path=_find_adapter(spec),
         resume=resume,
         devices=own_devices(spec.parallel.devices),
@@ -140,7 +148,21 @@ def _dataset_names(spec: JobSpec) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _find_data(name: str) -> InputFile:
+def _revisions(out: Path) -> dict[str, str]:
+    """What an earlier start of the same run has taken from a hub: the hub may have moved on, the run may not."""
+    try:
+        inputs = Inputs.model_validate_json((out / "inputs.json").read_bytes())
+    except FileNotFoundError:
+        return {}
+    return {file.dataset: file.revision for file in inputs.data if file.revision}
+
+
+def _find_data(name: str, cache_dir: Path, commit: str | None = None) -> InputFile:
+    hub_dataset = parse_hub_dataset(name, "data.train")
+    if hub_dataset is not None:
+        from worker.engine.hub import fetch_hub_dataset
+
+        return fetch_hub_dataset(name, hub_dataset, cache_dir, commit)
     path = Path(name).expanduser()
     if not path.is_file():
         code = "train.no_data_file" if is_path(name) else "train.data_is_no_path"
@@ -322,7 +344,7 @@ def print_plan(spec: JobSpec, model_roots: tuple[Path, ...], cache_dir: Path) ->
     inputs = Inputs(
         model_path=str(model_path),
         model_name=spec.model.base,
-        data=tuple(_find_data(name) for name in _dataset_names(spec)),
+        data=tuple(_find_data(name, cache_dir) for name in _dataset_names(spec)),
         cache_dir=str(cache_dir),
     )
     tokenizer = HfChatTokenizer.load(model_path, spec.model.chat_template)

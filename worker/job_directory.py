@@ -52,6 +52,14 @@ class InputFile(File):
     dataset: str  # as the spec names it
     path: str
     sha256: str
+    revision: str = ""  # of a data set on a hub: the commit that it was taken at
+
+
+class Trial(File):
+    """The first `steps` steps for their losses alone (`pegbox certify`): nothing is evaluated, saved or handed out."""
+
+    steps: int
+    is_alone: bool = False  # each segment of a step in a row of its own
 
 
 class Inputs(File):
@@ -65,6 +73,7 @@ class Inputs(File):
     ranks: int = 1
     # Tokenised data by content, shared by the jobs of a host; "" = cache/ in the job directory.
     cache_dir: str = ""
+    trial: Trial | None = None
     # The folder of the adapter to start from, or "" to begin with a new one.
     adapter_path: str = ""
     # CPU threads a rank; bit-for-bit resume depends on it. A checkpoint's own number wins on resume.

@@ -23,10 +23,15 @@ from worker.job_directory import EXIT_CODES, Trial, read_outcome, write_json
 from worker.settings import WorkerSettings
 
 
+# A model or a machine that can't compute a layout refutes nothing.
+RULED_OUT = ("bad_spec", "oom")
+
+
 @dataclass(frozen=True)
 class NotRun:
     name: str
     reason: str
+    is_fault: bool  # of ours: neither the model nor the machine rules it out
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Certificate:
 
     @property
     def holds(self) -> bool:
-        return all(finding.holds for finding in self.findings)
+        return all(finding.holds for finding in self.findings) and not any(run.is_fault for run in self.not_run)
 
     @property
     def is_telling(self) -> bool:
@@ -96,7 +101,7 @@ def _run(layout: Layout, spec: JobSpec, directory: Path, settings: WorkerSetting
         spec = layout.apply(spec)
         inputs = gather(spec, settings.model_roots, settings.cache_dir)
     except USER_FAULTS as fault:
-        return NotRun(layout.name, str(fault))
+        return NotRun(layout.name, str(fault), is_fault=False)
     directory.mkdir(parents=True)
     write_json(directory / "spec.json", spec)
     trial = Trial(steps=steps, is_alone=layout.is_alone)
@@ -107,7 +112,9 @@ def _run(layout: Layout, spec: JobSpec, directory: Path, settings: WorkerSetting
     if code == 0:
         return Curve.model_validate_json((directory / "trial.json").read_bytes())
     outcome = read_outcome(directory)
-    return NotRun(layout.name, outcome.text if outcome is not None else f"it ended with {code}; see {directory}")
+    if outcome is None:
+        return NotRun(layout.name, f"it ended with {code}; {directory} has its log", is_fault=True)
+    return NotRun(layout.name, outcome.text, is_fault=outcome.reason not in RULED_OUT)
 
 
 def _say(text: str) -> None:
@@ -135,7 +142,7 @@ def as_json(certificate: Certificate) -> dict[str, Any]:
             }
             for finding in certificate.findings
         ],
-        "not_run": [{"name": layout.name, "reason": layout.reason} for layout in certificate.not_run],
+        "not_run": [{"name": run.name, "reason": run.reason, "is_fault": run.is_fault} for run in certificate.not_run],
     }
 
 
@@ -146,13 +153,15 @@ def write_certificate(certificate: Certificate, as_: str) -> None:
         return
     console = Console(highlight=False)
     table = Table(title=f"{certificate.steps} steps in {certificate.dtype}, beside {ALONE} (fp32, eager, one device)")
-    for column in ("layout", "attention", "ranks", "slots", "samples in a row", "loss", "gradient norm", "allowed", ""):
-        table.add_column(column, justify="left" if column in ("layout", "attention", "") else "right")
+    table.add_column("layout", no_wrap=True)
+    for column in ("ranks", "slots", "in a row", "loss", "norm", "allowed"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for row in _rows(certificate):
         table.add_row(*row)
     console.print(table)
-    for layout in certificate.not_run:
-        console.print(f"not run: {layout.name}: {layout.reason}", soft_wrap=True)
+    for run in certificate.not_run:
+        console.print(f"{'FAILED' if run.is_fault else 'not run'}: {run.name}: {run.reason}", soft_wrap=True)
     console.print(_verdict(certificate), soft_wrap=True)
 
 
@@ -161,7 +170,6 @@ def _rows(certificate: Certificate) -> Iterator[tuple[str, ...]]:
         curve = finding.curve
         yield (
             finding.name,
-            curve.attention,
             str(curve.ranks),
             f"{curve.slots:,}",
             str(curve.most_segments_in_a_row),
@@ -180,4 +188,5 @@ def _verdict(certificate: Certificate) -> str:
     if certificate.holds:
         return f"All {len(certificate.findings)} layouts make the same steps; {largest}."
     failed = [finding.name for finding in certificate.findings if not finding.holds]
+    failed += [run.name for run in certificate.not_run if run.is_fault]
     return f"NOT the same steps: {'; '.join(failed)}; {largest}."

@@ -66,11 +66,10 @@ class Column(Sequence[int]):
 
     def packed(self) -> dict[str, str]:
         """As JSON has it."""
-        numbers = array(self.numbers.format, self.numbers)
+        raw = self.numbers.tobytes()
         if byteorder == "big":
-            numbers.byteswap()
-        packed = zlib.compress(numbers.tobytes(), ZLIB_LEVEL)
-        return {"type": f"u{numbers.itemsize}", "zlib": b64encode(packed).decode()}
+            raw = _swapped(array(self.numbers.format, raw)).tobytes()
+        return {"type": f"u{self.numbers.itemsize}", "zlib": b64encode(zlib.compress(raw, ZLIB_LEVEL)).decode()}
 
     @classmethod
     def parse(cls, value: object) -> "Column":
@@ -118,8 +117,11 @@ def _unpack(kind: str, text: str) -> "array[int]":
         raise ValueError(f"a column is torn, or longer than {MAX_COLUMN_BYTES} bytes")
     numbers = array(_CODES[kind])
     numbers.frombytes(raw)  # ValueError where the last number is torn
-    if byteorder == "big":
-        numbers.byteswap()
+    return _swapped(numbers) if byteorder == "big" else numbers
+
+
+def _swapped(numbers: "array[int]") -> "array[int]":
+    numbers.byteswap()
     return numbers
 
 

@@ -1,6 +1,7 @@
 """A data set's profile: wanted, ordered from one host, kept by what it depends on; and the plan that comes of it."""
 
 import random
+import re
 from array import array
 from typing import Any
 
@@ -14,6 +15,7 @@ from core.spec import parse_spec
 from core.wire import Device, MeasuredProfile, ProfileResult
 from tests.app.conftest import House
 from tests.app.scene import MODEL, SPEC, FakeHost, connect_host, path_of, put_data, submit
+from tests.app.test_pages import filled
 
 NUM_ROWS = 64
 
@@ -241,19 +243,100 @@ def test_a_deleted_data_set_takes_its_profiles_along(house: House) -> None:
     assert preflight(house).status_code == 202
 
 
-def test_the_facts_of_a_million_samples_are_taken_where_no_other_body_of_their_size_is(house: House) -> None:
+def test_facts_are_taken_where_no_other_body_of_their_size_is(house: House) -> None:
     host = connect_host(house)
     put_data(house)
     house.api("victor").get("/api/v1/datasets/sums/profile?model=demo/tiny-llama")
-    count = 1_000_000
-    hashes = array("Q", random.Random(1).randbytes(8 * count))
-    columns = {"sample_row": range(count), "sample_length": [100] * count, "sample_trained": [40] * count}
-    columns |= {"sample_turns": [1] * count, "sample_hash": hashes, "sample_runs": [1] * count}
-    columns |= {"run_bounds": [60, 100] * count}
-    result = ProfileResult(profile=facts(count, **{name: Column(column) for name, column in columns.items()}))
+    count = 400_000
+    draw = random.Random(1)
+    wide = {name: Column(array("Q", draw.randbytes(8 * count))) for name in ("sample_hash", "sample_turns")}
+    result = ProfileResult(
+        profile=facts().model_copy(
+            update=wide
+            | {
+                "num_rows": count,
+                "sample_row": Column(range(count)),
+                "sample_length": Column([100] * count),
+                "sample_trained": Column([40] * count),
+            }
+        )
+    )
     assert len(result.model_dump_json()) > MAX_BODY_BYTES
     measure(host, result)
     shown = house.api("victor").get("/api/v1/datasets/sums/profile?model=demo/tiny-llama").json()
     assert (shown["samples"], shown["tokens"]) == (count, 100 * count)
     beat = host.client.post(f"/worker/v1/hosts/{host.id}/beat", content=b" " * (MAX_BODY_BYTES + 1))
     assert beat.status_code == 413
+
+
+def facts_with_turns(num_rows: int = NUM_ROWS) -> DataProfile:
+    """Two turns each, of which the second ends at the end; a sample a turn would compute the first one's again."""
+    lengths = [40 + row % 100 for row in range(num_rows)]
+    return facts(
+        num_rows,
+        sample_length=lengths,
+        sample_trained=[20] * num_rows,
+        sample_turns=[2] * num_rows,
+        sample_runs=[2] * num_rows,
+        run_bounds=[bound for length in lengths for bound in (10, 20, length - 10, length)],
+        num_tokens_if_split=sum(lengths) + 20 * num_rows,
+    )
+
+
+def test_a_preflight_tells_every_way_to_lay_samples_out_and_what_is_cut(house: House) -> None:
+    host = connect_host(house)
+    put_data(house)
+    preflight(house)
+    measure(host, ProfileResult(profile=facts_with_turns()))
+    data = {"train": [{"dataset": "sums"}], "max_length": 100}
+    got = preflight(house, data={**data, "overlong": "truncate"}, batch={"rows_per_step": 3}).json()
+    mine, *others = got["ways"]
+    assert (mine["mode"], mine["algorithm"]) == ("packed", "best_fit")
+    assert {(way["mode"], way["algorithm"]) for way in others} == {
+        ("packed", "sequential"),
+        ("packed", "wrapped"),
+        ("padding_free", "best_fit"),
+        ("grouped", "best_fit"),
+        ("padded", "best_fit"),
+    }
+    for name in ("rows", "padding_efficiency", "padded_efficiency", "fill", "steps_per_epoch"):
+        assert mine[name] == got[name]
+    assert {way["algorithm"]: way["cuts"] > 0 for way in got["ways"]} == {
+        "best_fit": False,
+        "sequential": False,
+        "wrapped": True,
+    }
+    said = {remark["code"]: remark["text"] for remark in got["verdict"]}
+    num_long = sum(length > 100 for length in facts_with_turns().sample_length)
+    assert said["verdict.samples_truncated"].startswith(f"{num_long} of 64 samples are longer")
+    assert said["verdict.targets_lost"].startswith(f"{10 * num_long:,} of 1,280 trained tokens are lost")
+    assert "a sample for each turn would be" in said["verdict.whole_saves"]
+    counts = got["counts"]
+    assert counts["tokens_if_split"] - counts["tokens_if_whole"] == 20 * NUM_ROWS
+    refused = preflight(house, data=data).json()["detail"]
+    assert "truncate keeps the turns that fit" in refused and "plan" not in refused
+
+
+def test_the_panel_names_the_way_and_warns_of_what_is_cut(house: House) -> None:
+    host = connect_host(house)
+    put_data(house)
+    preflight(house)
+    measure(host, ProfileResult(profile=facts_with_turns()))
+    browser = house.browser("bob")
+
+    def panel(**changed: str) -> str:
+        sent = filled(browser, **{key.replace("__", "."): value for key, value in changed.items()})
+        return browser.post("/jobs/preflight", data=sent, headers={"HX-Request": "true"}).text
+
+    form = browser.get("/jobs/new").text
+    for value in ("padding_free", "grouped", "wrapped", "sequential", "truncate", "split"):
+        assert re.search(rf'<option value="{value}"(?! disabled)', form), value
+    by_samples = panel(packing__mode="padding_free")
+    assert "padding-free" in by_samples and "The steps are the same" in by_samples
+    assert "a sample for each turn would be" in by_samples
+    assert "padded, grouped by length" in panel(packing__mode="grouped", batch__micro_batch_size="4")
+    wrapped = panel(packing__algorithm="wrapped", batch="rows_per_step", batch__rows_per_step="3")
+    assert "packed, samples cut at row ends" in wrapped and "The steps are the same" not in wrapped
+    assert "trained tokens are lost an epoch where wrapped rows cut samples" in wrapped
+    cut = panel(data__max_length="100", data__overlong="truncate")
+    assert "samples are longer than max_length and are truncated" in cut

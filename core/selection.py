@@ -87,8 +87,8 @@ class Samples:
 
     @property
     def tokens_if_split(self) -> int | None:
-        """What all would come to with a sample for each turn; None where a set doesn't know."""
-        tokens = [profile.num_tokens_if_split for profile in self.profiles]
+        """What all would come to with a sample for each turn; None where a set doesn't know, or is split already."""
+        tokens = [p.num_tokens_if_split if p.multi_turn == "whole" else None for p in self.profiles]
         known = [number for number in tokens if number is not None]
         return sum(known) if len(known) == len(tokens) else None
 

@@ -1,13 +1,18 @@
 """Whole jobs in every way to lay samples out, and with samples that are cut."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.engine import jobs
+from core.layout import lay_out
+from core.packing import IntArray, PlanSettings, Step, as_lengths, plan_epoch
+from core.preflight import StepWork
+from tests.engine import jobs, tiny
+from worker.engine.batches import make_step
 from worker.engine.records import SAMPLE_RECORD
 
 BATCH = {"samples_per_step": 6, "micro_batch_size": 3}
@@ -72,6 +77,33 @@ def test_every_mode_makes_the_same_steps_and_the_same_curve(run_job: Any) -> Non
             assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
         assert steps[0]["loss"] == pytest.approx(reference[0]["loss"], rel=1e-5)
         assert steps[0]["grad_norm"] == pytest.approx(reference[0]["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_cut_samples_teach_what_their_pieces_teach_alone(tmp_path: Path, family: str) -> None:
+    samples = tiny.some_samples(20)
+
+    def count_targets(positions: IntArray, starts: IntArray, ends: IntArray) -> IntArray:
+        pieces = zip(positions.tolist(), starts.tolist(), ends.tolist(), strict=True)
+        return as_lengths(int(samples.contents[sample][1][start + 1 : end].sum()) for sample, start, end in pieces)
+
+    wrapped = PlanSettings("packed", 64, "rows", 4, micro_batch_size=2, algorithm="wrapped")
+    plan = plan_epoch(as_lengths(samples.lengths), wrapped, 1, 1, count_targets)
+    step = plan.step(0)
+    assert plan.num_cuts > 2 and any(start > 0 for _, start, _ in step.segments)
+    targets = dict(zip(step.segments, count_targets(*np.array(step.segments).T).tolist(), strict=True))
+
+    def gradients(settings: PlanSettings, step: Step) -> tuple[float, dict]:
+        work = StepWork(1, 1.0, step.segments, targets, lay_out(step, settings))
+        return tiny.gradients(model, make_step(work, samples))
+
+    model = tiny.load(tiny.save_base(tmp_path, family), method={"type": "full"})
+    loss, gradient = gradients(wrapped, step)
+    alone_loss, alone_gradient = gradients(
+        replace(wrapped, mode="padded", algorithm="best_fit", micro_batch_size=1), replace(step, rows=None)
+    )
+    assert loss == pytest.approx(alone_loss, rel=1e-5)
+    assert tiny.difference(alone_gradient, gradient) < 1e-5
 
 
 def test_wrapped_rows_are_full_and_what_they_cut_is_counted(run_job: Any) -> None:

@@ -24,9 +24,9 @@ from worker.job_directory import InputFile, Inputs, OutcomeFile, write_json
 END = "<|im_end|>"
 
 
-def make_model(folder: Path, family: str = "llama", **changes: object) -> Path:
-    """A random model with a byte-level tokenizer and a chat template."""
-    special = ["<|endoftext|>", "<|im_start|>", END]
+def make_model(folder: Path, family: str = "llama", *, knows_chat: bool = True, **changes: object) -> Path:
+    """A random model with a byte-level tokenizer and, where it knows chat, the tokens and the template of it."""
+    special = ["<|endoftext|>", *(["<|im_start|>", END] if knows_chat else [])]
     tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -36,7 +36,7 @@ def make_model(folder: Path, family: str = "llama", **changes: object) -> Path:
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=special[1:],
-        chat_template=CHATML,
+        chat_template=CHATML if knows_chat else None,
         model_max_length=512,
     ).save_pretrained(folder)
     sizes = {"vocab_size": len(tokens), "max_position_embeddings": 512, "eos_token_id": 0}

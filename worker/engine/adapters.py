@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -126,6 +127,12 @@ def _from_adapter(
     except (ValueError, RuntimeError, UserWarning) as error:
         problem = " ".join(str(error).split())[:300]
         raise UserError("engine.adapter_unfit", "model.adapter", problem=problem) from error
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        unused = set(file.keys()) - get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    # PEFT turns what older releases saved of experts into tensors of other names.
+    if unused and not fused_experts(base):
+        problem = f"nothing in it takes {min(unused)}"
+        raise UserError("engine.adapter_unfit", "model.adapter", problem=problem)
     if (given.r, given.lora_alpha) != (method.rank, method.alpha):
         warn(
             "adapter",
@@ -291,9 +298,12 @@ def is_tied(base: PreTrainedModel) -> bool:
 
 
 def _trained_weight(layer: nn.Module) -> nn.Parameter:
-    """Of PEFT's wrapper the copy that is trained, else the layer's own weight."""
-    copies = getattr(layer, "modules_to_save", None)
-    weight = (copies["default"] if copies else layer).weight
+    """Of PEFT's wrappers what is trained: a copy of the layer, or rows of it. Else the layer's own weight."""
+    copies, rows = getattr(layer, "modules_to_save", None), getattr(layer, "token_adapter", None)
+    if rows is not None:
+        weight = rows.trainable_tokens_delta["default"]
+    else:
+        weight = (copies["default"] if copies else layer).weight
     assert isinstance(weight, nn.Parameter)
     return weight
 

@@ -82,7 +82,6 @@ def load_base(path: Path, method: AnyMethod, device: torch.device, dtype: torch.
         base = open_model(path, config, dtype=dtype, quantization_config=plan, device_map={"": device})
         if device.type == "cpu":
             keep_canonical(base)
-    base.config.use_cache = False
     return base
 
 

@@ -72,6 +72,23 @@ def model_card(spec: JobSpec, facts: Facts, model_class: str, adapter: AdapterFa
 """
 
 
+def merged_card(base: str, name: str) -> str:
+    return f"""---
+base_model: {base}
+library_name: transformers
+tags: [pegbox]
+---
+
+# {name}
+
+{base} with a LoRA adapter merged into its weights by Pegbox.
+
+## Served
+
+{_serve_model("PATH OF THIS FOLDER")}
+"""
+
+
 def _table(spec: JobSpec, facts: Facts) -> str:
     share = facts.trainable_parameters / facts.total_parameters
     rows = [

@@ -177,7 +177,7 @@ def _save_generation_config(staging: Path, model: LanguageModel, ends: list[int]
 # -- verified --------------------------------------------------------------------------------------------------------
 
 
-def _probe(model: LanguageModel) -> Batch:
+def probe_of(model: LanguageModel) -> Batch:
     tokens = [1 + number * 11 % (model.vocabulary - 1) for number in range(2 * PROBE_TOKENS)]
     return of_tokens([[tokens[:PROBE_TOKENS], tokens[PROBE_TOKENS:]]]).to(model.device)
 
@@ -189,11 +189,11 @@ def verify_adapter(folder: Path, model: LanguageModel, base_path: Path, method: 
     trained = get_peft_model_state_dict(model.model, save_embedding_layers=False)
     in_it = {tensor.data_ptr() for tensor in trained.values()}
     assert all(weight.data_ptr() in in_it for weight in model.trainable().values()), "PEFT saves all that was trained"
-    _demand_same(tensors, trained)
+    demand_same(tensors, trained)
     ups = [tensor for name, tensor in tensors.items() if "lora_B" in name or "lora_embedding_B" in name]
     if not any(bool(tensor.any()) for tensor in ups):
         raise BrokenResult("every B of the adapter is zero, so it changes nothing")
-    probe = _probe(model)
+    probe = probe_of(model)
     applied = logits_of(model, probe)
     reopened = _reopened_adapter_logits(folder, model, base_path, method, probe)
     _demand_equal("the adapter read back", applied, reopened, TOLERANCE[model.dtype])
@@ -203,11 +203,11 @@ def verify_adapter(folder: Path, model: LanguageModel, base_path: Path, method: 
         model.model.unmerge_adapter()
         _demand_equal("the merged adapter", applied, merged, MERGE_TOLERANCE)
     else:
-        _demand_layers_merge(model)
+        demand_layers_merge(model)
 
 
 @torch.no_grad()
-def _demand_layers_merge(model: LanguageModel) -> None:
+def demand_layers_merge(model: LanguageModel) -> None:
     draw = torch.Generator().manual_seed(0)
     for name, layer in model.base.named_modules():
         if isinstance(layer, LoraLayer):
@@ -253,7 +253,7 @@ def _reopened_adapter_logits(
         base = load_base(base_path, method, model.device, model.dtype)
         make_room_for(base, tokens_of(config))
         with quiet_libraries():
-            return logits_of(_as_trained(PeftModel.from_pretrained(base, folder), model), probe)
+            return logits_of(as_trained(PeftModel.from_pretrained(base, folder), model), probe)
     with quiet_libraries():
         model.model.load_adapter(folder, adapter_name="reopened")
     model.model.set_adapter("reopened")
@@ -263,7 +263,7 @@ def _reopened_adapter_logits(
     return logits
 
 
-def _as_trained(again: PreTrainedModel | PeftModel, model: LanguageModel) -> LanguageModel:
+def as_trained(again: PreTrainedModel | PeftModel, model: LanguageModel) -> LanguageModel:
     """A model read from disk, computed as `model` is."""
     ready = LanguageModel(again.eval(), model.device, model.dtype)
     ready.base.set_attn_implementation(ATTENTION_NAMES[model.attention])
@@ -281,9 +281,9 @@ def verify_model(folder: Path, model: LanguageModel) -> None:
     if amiss:
         raise BrokenResult(f"the model on disk does not open whole: {amiss}")
     # Not tensor by tensor as they lie on disk: experts that share a tensor here lie there one by one.
-    _demand_same(again.state_dict(), model.base.state_dict())
-    probe = _probe(model)
-    reopened = logits_of(_as_trained(again.to(model.device), model), probe)
+    demand_same(again.state_dict(), model.base.state_dict())
+    probe = probe_of(model)
+    reopened = logits_of(as_trained(again.to(model.device), model), probe)
     _demand_equal("the model read back", logits_of(model, probe), reopened, TOLERANCE[model.dtype])
 
 
@@ -298,7 +298,7 @@ def _read(folder: Path, names: list[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _demand_same(saved: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+def demand_same(saved: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
     for name in sorted(saved.keys() | trained.keys()):
         if name not in saved or name not in trained:
             raise BrokenResult(f"{name} is only {'on disk' if name in saved else 'in memory'}")

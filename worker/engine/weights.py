@@ -16,12 +16,12 @@ _WRAPPINGS = frozenset(
 
 @dataclass(frozen=True)
 class WeightReport:
-    """Numbers of parameters; bytes_by_type counts what the weights take on their device, by the type they lie in."""
+    """Numbers of parameters; weight_bytes counts what the weights take on their device, by the type they lie in."""
 
     total: int
     trainable: int
     quantised: int
-    bytes_by_type: Mapping[str, int]
+    weight_bytes: Mapping[str, int]
     trainable_by_kind: Mapping[str, int]
 
     def plan_event(self) -> dict[str, object]:
@@ -31,7 +31,7 @@ class WeightReport:
             "total_parameters": self.total,
             "quantised_parameters": self.quantised,
             "trainable_by_kind": dict(self.trainable_by_kind),
-            "weight_bytes": dict(self.bytes_by_type),
+            "weight_bytes": dict(self.weight_bytes),
         }
 
 

@@ -22,7 +22,6 @@ from worker.by_hand import gather, own_devices, train_ranks, visible_gpus
 from worker.job_directory import EXIT_CODES, Trial, read_outcome, write_json
 from worker.settings import WorkerSettings
 
-
 # A model or a machine that can't compute a layout refutes nothing.
 RULED_OUT = ("bad_spec", "oom")
 

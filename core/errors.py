@@ -367,8 +367,8 @@ TEXTS: dict[str, str] = {
     # -- hub: data sets that are elsewhere -----------------------------------------------------------------------
     "hub.bad_name": N_("{name} names no data set on a hub; write hf:ORG/NAME[/CONFIG][:SPLIT][@REVISION]"),
     "hub.not_here": N_(
-        "{name} is on a hub, and this server fetches nothing from there; upload it as a file (Parquet, as hubs have it, "
-        "is fine), or train on it with pegbox train"
+        "{name} is on a hub, and this server fetches nothing from there; upload it as a file (Parquet, as hubs have "
+        "it, is fine), or train on it with pegbox train"
     ),
     "hub.other_revision": N_(
         "{name} should be at commit {wanted}, and this machine has {found} of it; connect it to the hub once, or begin "

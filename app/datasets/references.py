@@ -9,6 +9,7 @@ from app.datasets.store import VERSION_DIGITS, Found, find, newest_of_each, vers
 from app.problems import Problem
 from app.tables import DatasetVersion
 from core.errors import UserError
+from core.hub import parse_hub_dataset
 from core.spec import DATASET_REFERENCE, JobSpec, ValidationDataset
 
 
@@ -27,7 +28,10 @@ def references(spec: JobSpec) -> Iterator[tuple[str, str]]:
 
 
 def find_version(session: Session, reference: str, field: str = "") -> Found:
-    """`NAME` is its newest version. Raises UserError, which lists what there is."""
+    """`NAME` is its newest version. Raises UserError, which lists what there is, or says how a hub's data set comes
+    here: the server fetches nothing, and a host reads what it is given by content."""
+    if parse_hub_dataset(reference, field) is not None:
+        raise UserError("hub.not_here", field, name=reference)
     try:
         return find(session, reference)
     except Problem:

@@ -145,6 +145,15 @@ def test_parquet_of_no_use_is_refused_with_the_reason(house: House) -> None:
     assert torn.startswith("this Parquet file cannot be read: it has no footer")
 
 
+def test_a_job_on_a_hubs_data_set_is_told_how_it_comes_here(house: House) -> None:
+    for name, words in (("hf:org/set:test", "upload it as a file"), ("hf:set", "write hf:ORG/NAME")):
+        spec = {"model": {"base": "demo/tiny-llama"}, "data": {"train": [{"dataset": name}]}}
+        response = house.api("bob").post("/api/v1/jobs", json={"spec": spec})
+        assert response.status_code == 422
+        told = [error for error in response.json()["errors"] if words in error["detail"]]
+        assert told and told[0]["pointer"] == "/spec/data/train/0/dataset", response.text
+
+
 def test_a_form_is_refused_with_the_way_to_send_a_file(house: House) -> None:
     response = house.api("bob").put("/api/v1/datasets/sums", files={"file": GOOD})
     assert response.status_code == 415 and "send the file itself as the body" in response.json()["detail"]

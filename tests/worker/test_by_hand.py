@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
+from core.hub import HubDataset
 from core.spec import JobSpec, parse_spec
 from core.wire import ADAPTER_FILES
 from tests.worker import script_trainer
 from tests.worker.ledger import wait_until
 from worker import by_hand
 from worker.by_hand import own_devices, prepare_directory, read_spec_file, train_ranks
+from worker.engine.hub import _place
 from worker.gpus import GpuSample
 from worker.job_directory import Inputs, OutcomeFile, write_json
 
@@ -57,6 +59,26 @@ def test_the_same_spec_goes_on_from_its_newest_checkpoint(spec: JobSpec, model_r
         (out / "checkpoints" / f"step-{step}").mkdir(parents=True)
     prepare_directory(spec, out, (model_root,), tmp_path / "cache", fresh=False)
     assert [Path(path).name for path in inputs_of(out).resume] == ["step-100", "step-10", "step-9"]
+
+
+def test_a_hubs_data_set_stays_at_the_commit_that_the_run_began_with(model_root: Path, tmp_path: Path) -> None:
+    """Without a hub: what is of a known commit is found where the first start has put it."""
+    first, second, cache = "1" * 40, "2" * 40, tmp_path / "cache"
+    for commit in (first, second):
+        kept = _place(cache, HubDataset("org/set", None, "test", None), commit)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(commit)
+    name = f"hf:org/set:test@{first}"
+    spec = parse_spec({"model": {"base": "team/tiny"}, "data": {"train": [{"dataset": name}]}})
+    out = prepare_directory(spec, tmp_path / "out", (model_root,), cache, fresh=False).directory
+    (file,) = inputs_of(out).data
+    assert (file.dataset, file.revision, Path(file.path).read_text()) == (name, first, first)
+    # As if the spec had named a branch, and the branch had been there.
+    inputs = inputs_of(out)
+    moved = inputs.model_copy(update={"data": (file.model_copy(update={"revision": second}),)})
+    write_json(out / "inputs.json", moved)
+    prepare_directory(spec, out, (model_root,), cache, fresh=False)
+    assert inputs_of(out).data[0].revision == second
 
 
 def test_another_spec_is_refused_and_fresh_starts_over(spec: JobSpec, model_root: Path, tmp_path: Path) -> None:

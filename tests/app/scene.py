@@ -177,8 +177,8 @@ def step(seq: int, step: int, **more: Any) -> WireEvent:
     return wire(seq, "step", **(data | more))
 
 
-def log(seq: int, text: str) -> WireEvent:
-    return wire(seq, "log", text=text)
+def log(seq: int, text: str, rank: int = 0) -> WireEvent:
+    return wire(seq, "log", rank=rank, level="info", text=text)
 
 
 def checkpoint(seq: int, step: int, best: bool = False) -> WireEvent:

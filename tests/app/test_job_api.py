@@ -90,7 +90,6 @@ def test_the_same_key_makes_one_job(house: House, host: FakeHost) -> None:
         ({"model": {"adapter": "/etc"}}, [("/spec/model/adapter", "job.adapter_unknown")]),
         ({"model": {"revision": "main"}}, [("/spec/model/revision", "spec.not_built")]),
         ({"lora_rank": 8}, [("/spec/lora_rank", "spec.unknown_key_hint")]),
-        ({"packing": {"mode": "grouped"}}, [("/spec/packing/mode", "spec.not_built")]),
     ],
 )
 def test_a_fault_in_the_spec_is_told_with_its_key(

@@ -186,11 +186,14 @@ def test_a_running_job_is_whole_in_one_page(house: House) -> None:
     put_data(house)
     job = submit(house, name="whole")
     launch = host.running()
-    host.send(launch, [step(seq, seq) for seq in range(2, 40)] + [log(40, "line forty")])
+    host.send(
+        launch, [step(seq, seq) for seq in range(2, 40)] + [log(40, "line forty"), log(41, "line of another", rank=1)]
+    )
 
     page = house.browser("bob").get(f"/jobs/{job}").text
 
     assert "39" in page and "line forty" in page and "name of host_a" in page
+    assert "[rank 1] line of another" in page and "[rank 0]" not in page
     after = re.search(rf'hx-sse:connect="/jobs/{job}/live\?after=(\d+)', page)
     assert after and int(after[1]) > 40
     assert f"/api/v1/jobs/{job}/metrics?names=loss" in page

@@ -61,6 +61,8 @@ class Architecture(BaseModel):
     sliding_window: int | None = None  # tokens
     num_windowed_layers: int = 0
     num_unlimited_layers: int | None = None  # that attend to the whole sample; the rest keep a state instead
+    norms_per_layer: int | None = None  # over the hidden size
+    has_query_norm: bool = False  # and of the keys, a head at a time
     has_plain_scores: bool = False  # caps or sinks, so that no fused kernel serves and the scores are stored
     parameters: ParametersByKind
 
@@ -153,6 +155,8 @@ def read_architecture(config: Mapping[str, object], tensors: Mapping[str, Tensor
         sliding_window=numbers["sliding_window"] if windowed else None,
         num_windowed_layers=windowed,
         num_unlimited_layers=unlimited,
+        norms_per_layer=widths.num_norms,
+        has_query_norm=widths.norm_width is not None,
         has_plain_scores=config.get("attn_logit_softcapping") is not None or any(n.endswith(".sinks") for n in text),
         parameters=parameters,
     )
@@ -203,8 +207,10 @@ class _Widths:
         joint = self._other_side("c_attn.weight")  # GPT-2: as many keys and values as queries
         if self.query is None and joint is not None:
             self.query = self.key = joint // 3
-        norm = next(self._named("q_norm.weight"), None)
-        self.head_dim = norm[0] if norm is not None and norm[0] != self.query else None
+        self.norm_width = next((shape[0] for shape in self._named("q_norm.weight")), None)
+        self.head_dim = self.norm_width if self.norm_width != self.query else None
+        norms = [shape for name, shape in self._shapes.items() if kind_of(name) == "norms" and name.endswith(".weight")]
+        self.num_norms = sum(shape == (hidden_size,) for shape in norms) or None
         gate, up = self._other_side("gate_proj.weight"), self._other_side("up_proj.weight")
         gate_up = self._other_side("gate_up_proj.weight")
         plain = self._other_side("c_fc.weight") or self._other_side("fc1.weight")

@@ -25,7 +25,8 @@ from core.layout import (
     spread,
 )
 from core.packing import BatchBy, PlanSettings, RunPlan, SampleSet, Segment, Step, plan_run
-from core.presets import auto_attention, auto_dtype, auto_gradient_checkpointing, auto_learning_rate
+from core.placement import LargestPass, largest_pass, place
+from core.presets import auto_attention, auto_dtype, auto_learning_rate
 from core.profile import DataProfile, ModelProfile
 from core.schedule import Schedule, curve, resolve_warmup_steps
 from core.selection import Selection, choice, select
@@ -246,7 +247,8 @@ def plan_job(spec: JobSpec, data: Mapping[str, DataProfile], model: ModelProfile
     warmup = resolve_warmup_steps(
         run.total_steps, run.steps_per_epoch, given.warmup_ratio, given.warmup_steps, given.warmup_epochs
     )
-    resolved, choices = _resolve(spec, data, model, device, max_length)
+    largest = largest_pass(settings, selection.train.lengths.tolist())
+    resolved, choices = _resolve(spec, data, model, device, max_length=max_length, largest=largest)
     choices = (*selection.choices, *choices, choice("schedule.warmup_steps", warmup.steps, warmup.reason))
     assert isinstance(resolved.schedule.learning_rate, float)
     schedule = Schedule(
@@ -260,7 +262,13 @@ def plan_job(spec: JobSpec, data: Mapping[str, DataProfile], model: ModelProfile
 
 
 def _resolve(
-    spec: JobSpec, data: Mapping[str, DataProfile], model: ModelProfile, device: Device, max_length: int
+    spec: JobSpec,
+    data: Mapping[str, DataProfile],
+    model: ModelProfile,
+    device: Device,
+    *,
+    max_length: int,
+    largest: LargestPass,
 ) -> tuple[JobSpec, tuple[Choice, ...]]:
     """Every `auto` that the samples don't decide."""
     choices: list[Choice] = []
@@ -276,16 +284,19 @@ def _resolve(
         spec.schedule.learning_rate,
         *auto_learning_rate(spec.method, model.num_parameters),
     )
-    compute = {
-        "dtype": auto("compute.dtype", spec.compute.dtype, *auto_dtype(device)),
-        "attention": auto("compute.attention", spec.compute.attention, *auto_attention(device)),
-        "gradient_checkpointing": auto(
-            "compute.gradient_checkpointing", spec.compute.gradient_checkpointing, *auto_gradient_checkpointing(device)
-        ),
-    }
+    dtype = auto("compute.dtype", spec.compute.dtype, *auto_dtype(device))
+    attention = auto("compute.attention", spec.compute.attention, *auto_attention(device))
+    placement = place(spec, model.shape, device, largest, dtype=str(dtype), attention=str(attention))
+
+    def placed(field: str, given: object, value: str | int | bool) -> object:
+        return auto(field, given, value, placement.reasons[field])
+
+    asked = spec.compute.gradient_checkpointing
+    recomputes = placed("compute.gradient_checkpointing", asked, placement.gradient_checkpointing)
+    compute = {"dtype": dtype, "attention": attention, "gradient_checkpointing": recomputes}
     parallel = {
-        "zero_stage": auto("parallel.zero_stage", spec.parallel.zero_stage, 0, Reason("auto.zero_one_device", {})),
-        "offload": auto("parallel.offload", spec.parallel.offload, "none", Reason("auto.offload", {})),
+        "zero_stage": placed("parallel.zero_stage", spec.parallel.zero_stage, placement.zero_stage),
+        "offload": placed("parallel.offload", spec.parallel.offload, placement.offload),
     }
     row_length = auto("packing.row_length", spec.packing.row_length, max_length, Reason("auto.row_length", {}))
     first = data[spec.data.train[0].dataset]

@@ -93,13 +93,6 @@ def auto_attention(device: Device) -> tuple[str, Reason]:
     return "flash", Reason("auto.attention_gpu" if device.kind == "gpu" else "auto.attention_cpu", {})
 
 
-def auto_gradient_checkpointing(device: Device) -> tuple[bool, Reason]:
-    # Until a memory plan decides: on a GPU memory runs out first, on a CPU time does.
-    if device.kind == "gpu":
-        return True, Reason("auto.checkpointing_gpu", {})
-    return False, Reason("auto.checkpointing_cpu", {})
-
-
 def auto_max_length(
     lengths: Sequence[int], trained: Sequence[int], context_length: int, row_length: int | None
 ) -> tuple[int, Reason]:

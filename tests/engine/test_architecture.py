@@ -77,6 +77,8 @@ def test_sizes_and_parameters_are_those_of_the_loaded_model(family: str, tmp_pat
     windowed = {"mistral": 3, "gemma2": 2, "gemma3_text": 3, "gpt_oss": 2}.get(family, 0)
     assert (shape.num_windowed_layers, shape.num_unlimited_layers) == (windowed, 3 - windowed)
     assert shape.sliding_window == (8 if windowed else None)
+    assert shape.norms_per_layer == (4 if family.startswith("gemma") else 2)
+    assert shape.has_query_norm is family.startswith(("qwen3", "gemma3"))
     assert shape.has_plain_scores is (family in ("gemma2", "gpt_oss"))
 
 

@@ -92,7 +92,10 @@ class LanguageModel:
         return [] if self._head is None else list(self._head.module.parameters())
 
     def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+        # Without its cache: a weight is used once a pass, and the copies of all would be kept until the pass is through,
+        # whole ones under checkpointing and ZeRO-3 too.
+        is_mixed = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=is_mixed, cache_enabled=False)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """By name; a weight that two layers share stands once."""

@@ -1,0 +1,188 @@
+"""Where a job's numbers lie: ZeRO stage, offload and gradient checkpointing, where they were left to `auto`.
+
+The memory plan of each way is held against the device, in the order of what a way costs, and the first that fits is
+taken. Sharding comes before offload (the interconnect is faster than the way to the host), and recomputing activations
+before sharding more: a third more compute against half again as much communication. Values that a person gave stand;
+only the others are chosen.
+
+An estimate refuses nothing. Where no way fits, the one that needs least is taken and the reason says so.
+"""
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from core.architecture import Architecture
+from core.errors import Reason
+from core.memory import Load, MemoryPlan, Offload, estimate_memory
+from core.packing import PlanSettings
+from core.spec import Adapter, JobSpec
+from core.unbuilt import UNBUILT_VALUES
+from core.wire import Device
+
+Stage = Literal[0, 1, 2, 3]
+Way = tuple[Stage, Offload, bool, MemoryPlan]  # the third: whether activations are recomputed
+
+# Of a device's memory; the rest is for what an estimate misses and an allocator cannot use.
+USABLE_SHARE = 0.9
+
+_ONE_DEVICE: tuple[tuple[Stage, Offload], ...] = ((0, "none"), (2, "optimizer"), (3, "optimizer_and_params"))
+_ADAPTERS: tuple[tuple[Stage, Offload], ...] = ((0, "none"), (3, "none"), (3, "optimizer_and_params"))
+_FULL: tuple[tuple[Stage, Offload], ...] = (
+    (2, "none"),
+    (3, "none"),
+    (3, "optimizer"),
+    (3, "optimizer_and_params"),
+)
+# What `auto` would not choose by itself, but completes where a person gave one half.
+_OTHERS: tuple[tuple[Stage, Offload], ...] = ((0, "none"), (1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"))
+
+
+@dataclass(frozen=True)
+class LargestPass:
+    """An upper bound of one device's forward pass, in tokens."""
+
+    tokens: int  # slots, over its rows
+    longest_row: int
+    longest_sample: int
+
+
+def largest_pass(settings: PlanSettings, lengths: Sequence[int]) -> LargestPass:
+    """What no forward pass exceeds, before any is laid out. `lengths` are those of the trained samples, in tokens."""
+    longest = max(lengths)
+    row = settings.row_length if settings.mode == "packed" else longest
+    if settings.mode == "packed" and settings.batch_by == "samples":
+        row = min(row, sum(heapq.nlargest(settings.per_step, lengths)))
+    slots = row * settings.micro_batch_size
+    return LargestPass(slots, slots if settings.mode == "padding_free" else row, longest)
+
+
+@dataclass(frozen=True)
+class Placement:
+    zero_stage: Stage
+    offload: Offload
+    gradient_checkpointing: bool
+    plan: MemoryPlan | None  # None where the model's sizes are not known
+    reasons: Mapping[str, Reason]  # by field of the spec, of all three
+
+
+def place(
+    spec: JobSpec, shape: Architecture | None, device: Device, largest: LargestPass, *, dtype: str, attention: str
+) -> Placement:
+    """`device` stands for each of the job's devices; on a CPU they share its memory."""
+    if shape is None or shape.missing:
+        return _without_a_plan(spec, shape, device)
+    available = device.memory_bytes
+    if device.kind == "cpu":
+        available //= spec.parallel.devices
+    asked = spec.compute.gradient_checkpointing
+    recomputes = (False, True) if asked == "auto" else (asked,)
+    ways: list[Way] = []
+    for stage, offload in _pairs(spec, shape, device):
+        for recompute in recomputes:
+            load = Load(
+                shape=shape,
+                method=spec.method,
+                dtype=dtype,  # type: ignore[arg-type]  # resolved by the caller
+                attention="flash" if attention == "auto" else attention,  # type: ignore[arg-type]
+                optimizer=spec.optimizer.name,
+                gradient_checkpointing=recompute,
+                num_ranks=spec.parallel.devices,
+                zero_stage=stage,
+                offload=offload,
+                tokens=largest.tokens,
+                longest_row=largest.longest_row,
+                longest_sample=largest.longest_sample,
+                on_gpu=device.kind == "gpu",
+            )
+            ways.append((stage, offload, recompute, estimate_memory(load)))
+    fitting = [way for way in ways if way[3].total <= USABLE_SHARE * available]
+    stage, offload, recompute, plan = fitting[0] if fitting else min(ways, key=lambda way: way[3].total)
+    return Placement(stage, offload, recompute, plan, _reasons(spec, ways, fitting, available))
+
+
+def _pairs(spec: JobSpec, shape: Architecture, device: Device) -> list[tuple[Stage, Offload]]:
+    """Stage and offload, the cheapest first: those that can run and that agree with what was given."""
+    preferred = _ONE_DEVICE if spec.parallel.devices == 1 else _ADAPTERS if _has_adapters(spec) else _FULL
+    for pool in (preferred, _OTHERS):
+        pairs = [pair for pair in pool if _agrees(spec, *pair) and _runs(spec, shape, device, *pair)]
+        if pairs:
+            return pairs
+    # What was given does not run; whoever refuses it says why.
+    stage = 0 if spec.parallel.zero_stage == "auto" else spec.parallel.zero_stage
+    return [(stage, "none" if spec.parallel.offload == "auto" else spec.parallel.offload)]
+
+
+def _has_adapters(spec: JobSpec) -> bool:
+    return isinstance(spec.method, Adapter)
+
+
+def _agrees(spec: JobSpec, stage: Stage, offload: Offload) -> bool:
+    return spec.parallel.zero_stage in ("auto", stage) and spec.parallel.offload in ("auto", offload)
+
+
+def _runs(spec: JobSpec, shape: Architecture, device: Device, stage: Stage, offload: Offload) -> bool:
+    if stage in UNBUILT_VALUES.get("parallel.zero_stage", ()) or offload in UNBUILT_VALUES.get("parallel.offload", ()):
+        return False
+    if stage == 3 and (spec.method.type == "qlora" or shape.parameters.other):  # core.zero refuses both
+        return False
+    if stage > 0 and spec.compute.dtype == "fp16":
+        return False
+    # A CPU has nowhere to offload to, and only 32-bit AdamW steps on the host.
+    return offload == "none" or (device.kind == "gpu" and spec.optimizer.name == "adamw")
+
+
+def _reasons(
+    spec: JobSpec,
+    ways: list[Way],
+    fitting: list[Way],
+    available: int,
+) -> dict[str, Reason]:
+    if not fitting:
+        least = min(way[3].total for way in ways)
+        short = Reason("auto.memory_short", {"needed": size(least), "available": size(available)})
+        return dict.fromkeys(_FIELDS, short)
+    stage, offload, recompute, plan = fitting[0]
+    numbers: dict[str, str | int | float] = {"needed": size(plan.total), "available": size(available)}
+
+    def least_of(others: Iterable[Way]) -> dict[str, str | int | float]:
+        return numbers | {"otherwise": size(min(way[3].total for way in others))}
+
+    before = ways[: ways.index(fitting[0])]
+    other_stages = [way for way in before if way[0] != stage]
+    without_offload = [way for way in before if way[1] == "none"]
+    if spec.parallel.devices == 1 and stage == 0:
+        zero = Reason("auto.zero_one_device", {})
+    elif other_stages:
+        zero = Reason("auto.zero_needed", least_of(other_stages) | {"stage": stage})
+    else:
+        zero = Reason("auto.zero_fits", numbers | {"stage": stage})
+    if offload != "none" and without_offload:
+        off = Reason("auto.offload_needed", least_of(without_offload))
+    else:
+        off = Reason("auto.offload_none", numbers)
+    if recompute:
+        without = [way for way in before if way[:2] == (stage, offload)]
+        again = Reason("auto.checkpointing_needed", least_of(without) if without else numbers)
+    else:
+        again = Reason("auto.checkpointing_none", numbers)
+    return dict(zip(_FIELDS, (zero, off, again), strict=True))
+
+
+_FIELDS = ("parallel.zero_stage", "parallel.offload", "compute.gradient_checkpointing")
+
+
+def _without_a_plan(spec: JobSpec, shape: Architecture | None, device: Device) -> Placement:
+    """No sizes, no estimate: nothing is sharded, and a GPU recomputes, since there memory runs out first."""
+    missing = ", ".join(shape.missing) if shape else "all"
+    reason = Reason("auto.memory_unknown", {"missing": missing})
+    stage = 0 if spec.parallel.zero_stage == "auto" else spec.parallel.zero_stage
+    offload = "none" if spec.parallel.offload == "auto" else spec.parallel.offload
+    asked = spec.compute.gradient_checkpointing
+    recompute = device.kind == "gpu" if asked == "auto" else asked
+    return Placement(stage, offload, recompute, None, dict.fromkeys(_FIELDS, reason))
+
+
+def size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"

@@ -38,7 +38,7 @@ class Run:
 
     def load(self, path: Path) -> None:
         checkpoint.load_weights(path, 1, self.weights)
-        checkpoint.load_optimizer(path, self.optimizer)
+        checkpoint.load_optimizer(path / checkpoint.OPTIMIZER, self.optimizer)
         checkpoint.load_rng(path, rank=0)
 
 

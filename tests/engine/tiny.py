@@ -14,7 +14,7 @@ from core.packing import PlanSettings, Segment, Step
 from core.preflight import StepWork
 from core.spec import JobSpec, parse_spec
 from worker.engine.batches import StepBatch, make_step
-from worker.engine.loading import load_model
+from worker.engine.loading import load_model, try_out
 from worker.engine.loss import backward
 from worker.engine.model import LanguageModel
 
@@ -95,12 +95,12 @@ def load(folder: Path, attention: str = "flash", new_token_ids: Sequence[int] = 
     model = load_model(
         folder,
         spec,
-        attention,
         torch.device("cpu"),
         lambda code, text: warnings.append((code, text)),
         adapter_path=None if spec.model.adapter is None else Path(spec.model.adapter),
         new_token_ids=new_token_ids,
     )
+    try_out(model, spec, attention, lambda code, text: warnings.append((code, text)))
     model.warnings = warnings  # type: ignore[attr-defined]
     return model
 

@@ -3,6 +3,7 @@
     checkpoints/step-<n>/
       weights.safetensors   what is trained, fp32, by parameter name; frozen weights come from the base model again
       optimizer.pt          AdamW's moments; read back with weights_only=True alone, so no pickle ever runs
+      shard-<rank>.safetensors   in place of both, under ZeRO 1 to 3: what a rank owns of each (worker.engine.pieces)
       rng-<rank>.pt         python's, numpy's and torch's generators of a rank (dropout draws from the last)
       manifest.json         `Manifest`: where the run stood, and name, size and sha256 of each file
 
@@ -82,6 +83,7 @@ class Manifest(BaseModel):
     progress: Progress
     world: int = 1  # ranks
     zero_stage: int = 0
+    has_whole_moments: bool = True  # False: each rank's moments are of use to ranks of the same parts alone
     threads: int
     versions: dict[str, str]
     spec_hash: str
@@ -144,6 +146,7 @@ def save(
                     progress=progress,
                     world=ranks.size,
                     zero_stage=0 if spec.parallel.zero_stage == "auto" else spec.parallel.zero_stage,
+                    has_whole_moments=spec.optimizer.name == "adamw",
                     threads=threads,
                     versions=versions(),
                     spec_hash=spec_hash(spec),
@@ -213,6 +216,14 @@ def _write_rng(folder: Path, rank: int) -> Path:
 
 def rng_name(rank: int) -> str:
     return f"rng-{rank}.pt"
+
+
+def shard_name(rank: int) -> str:
+    return f"shard-{rank}.safetensors"
+
+
+def moments_name(rank: int) -> str:
+    return f"moments-{rank}.pt"
 
 
 def is_want_of_space(error: BaseException) -> bool:
@@ -294,7 +305,13 @@ def read_manifest(path: Path) -> Manifest:
 
 def files_of(manifest: Manifest) -> set[str]:
     """What a checkpoint of this stage and so many ranks consists of."""
-    return {WEIGHTS, OPTIMIZER, *(rng_name(rank) for rank in range(manifest.world))}
+    of_ranks = [rng_name]
+    if manifest.zero_stage > 0:
+        of_ranks.append(shard_name)
+        if not manifest.has_whole_moments:
+            of_ranks.append(moments_name)
+    names = {name(rank) for name in of_ranks for rank in range(manifest.world)}
+    return names | {WEIGHTS, OPTIMIZER} if manifest.zero_stage == 0 else names
 
 
 def verify(path: Path) -> Manifest:
@@ -334,21 +351,32 @@ def newest_verified(candidates: Sequence[Path], warn: Callable[[str, str], None]
 def load_weights(path: Path, step: int, weights: Mapping[str, nn.Parameter]) -> None:
     """Raises UserError engine.other_model where names or shapes differ."""
     saved = load_file(path / WEIGHTS)
-    problem = _mismatch(saved, weights)
-    if problem:
-        raise UserError("engine.other_model", "model.base", step=step, problem=problem)
+    refuse_other_shapes(_shapes(saved), _shapes(weights), step)
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(saved[name])
 
 
-def _mismatch(saved: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> str:
-    for name in sorted(saved.keys() ^ weights.keys()):
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def refuse_other_shapes(
+    saved: Mapping[str, tuple[int, ...]], trained: Mapping[str, tuple[int, ...]], step: int
+) -> None:
+    """Raises UserError engine.other_model where names or shapes differ."""
+    problem = _mismatch(saved, trained)
+    if problem:
+        raise UserError("engine.other_model", "model.base", step=step, problem=problem)
+
+
+def _mismatch(saved: Mapping[str, tuple[int, ...]], trained: Mapping[str, tuple[int, ...]]) -> str:
+    for name in sorted(saved.keys() ^ trained.keys()):
         where = "the checkpoint" if name in saved else "this job"
         return f"only {where} trains {name}"
-    for name, weight in weights.items():
-        if saved[name].shape != weight.shape:
-            return f"{name} is {_by(saved[name].shape)} there and {_by(weight.shape)} here"
+    for name, shape in trained.items():
+        if saved[name] != shape:
+            return f"{name} is {_by(saved[name])} there and {_by(shape)} here"
     return ""
 
 
@@ -356,10 +384,10 @@ def _by(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> None:
     """Its moments; the numbers of its groups (weight decay, betas) stay those of this job's spec."""
     given = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True))
+    optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     for group, values in zip(optimizer.param_groups, given, strict=True):
         group.update(values)
 

@@ -9,13 +9,15 @@ that no token of the step has reached (an idle expert) has gradient 0, on one ra
 must not depend on how its samples were laid out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from core.errors import UserError
 from core.spec import JobSpec
 from worker.engine import checkpoint
 from worker.engine.batches import Batch
@@ -23,6 +25,7 @@ from worker.engine.gradient_sum import GradientSum
 from worker.engine.loss import training_loss
 from worker.engine.model import LanguageModel
 from worker.engine.optimizer import hold_states
+from worker.engine.pieces import Pieces
 from worker.engine.ranks import Ranks
 
 
@@ -50,6 +53,10 @@ class Learner(Protocol):
 
     def read_weights(self, folder: Path, manifest: checkpoint.Manifest) -> None:
         """The weights alone."""
+
+    def whole(self, load: Callable[[], LanguageModel]) -> LanguageModel | None:
+        """The trained model to be saved, on the first rank; None on the others. Training is over then. `load` makes one
+        anew, for a learner of which no rank holds the whole."""
 
 
 class Replica:
@@ -102,10 +109,38 @@ class Replica:
 
     def read(self, folder: Path, manifest: checkpoint.Manifest) -> None:
         self.read_weights(folder, manifest)
-        checkpoint.load_optimizer(folder, self.optimizer)
+        if manifest.zero_stage == 0:
+            checkpoint.load_optimizer(folder / checkpoint.OPTIMIZER, self.optimizer)
+        elif manifest.has_whole_moments:
+            with ExitStack() as stack:
+                saved = Pieces(folder, manifest, stack)
+                for name, weight in self.model.trainable().items():
+                    step = torch.tensor(saved.step(name), device=weight.device)
+                    moments = {key: moment.to(weight.device) for key, moment in saved.moments(name).items()}
+                    self.optimizer.state[weight] = {"step": step, **moments}
+        else:
+            raise UserError(
+                "zero.other_cut",
+                "optimizer.name",
+                name=self._spec.optimizer.name,
+                was=f"stage {manifest.zero_stage} on {manifest.world}",
+                now=f"stage 0 on {self._ranks.size}",
+            )
 
     def read_weights(self, folder: Path, manifest: checkpoint.Manifest) -> None:
-        checkpoint.load_weights(folder, manifest.step, self.model.trainable())
+        if manifest.zero_stage == 0:
+            checkpoint.load_weights(folder, manifest.step, self.model.trainable())
+            return
+        weights = self.model.trainable()
+        with ExitStack() as stack, torch.no_grad():
+            saved = Pieces(folder, manifest, stack)
+            shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+            checkpoint.refuse_other_shapes(saved.shapes, shapes, manifest.step)
+            for name, weight in weights.items():
+                weight.copy_(saved.weight(name))
+
+    def whole(self, load: Callable[[], LanguageModel]) -> LanguageModel | None:
+        return self.model if self._ranks.is_first else None
 
 
 def clip(weights: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:

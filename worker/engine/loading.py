@@ -30,14 +30,13 @@ ROW_MULTIPLES = (128, 64, 8, 1)
 def load_model(
     path: Path,
     spec: JobSpec,
-    asked_attention: str,
     device: torch.device,
     warn: Warn,
     *,
     adapter_path: Path | None = None,
     new_token_ids: Sequence[int] = (),
 ) -> LanguageModel:
-    """The model of `spec` (every `auto` but attention resolved) on `device`, in training mode, from the adapter in
+    """The model of `spec` (every `auto` but attention resolved) on `device`, not tried yet, from the adapter in
     `adapter_path` where there is one. `new_token_ids` are those that the tokenizer was given for this job: the model
     gets rows for them, which are trained under every method.
 
@@ -52,17 +51,25 @@ def load_model(
     else:
         freeze_all_but_text(base, own_dtype(read_config(path)))
         _warn_of_routers(base, warn)
-    ready = LanguageModel(model, device, dtype)
-    for weight in ready.trainable().values():  # PEFT leaves modules_to_save in the base's type
+    loaded = LanguageModel(model, device, dtype)
+    for weight in loaded.trainable().values():  # PEFT leaves modules_to_save in the base's type
         weight.data = weight.data.float()
-    ready.model.eval()
-    ready.choose_attention(asked_attention, warn)  # type: ignore[arg-type]  # a Literal of the spec
-    ready.find_head(warn)
+    return loaded
+
+
+def try_out(model: LanguageModel, spec: JobSpec, asked_attention: str, warn: Warn) -> None:
+    """Finds by trying what differs between families, and puts the model in training mode. Raises UserError."""
+    model.model.eval()
+    model.choose_attention(asked_attention, warn)  # type: ignore[arg-type]  # a Literal of the spec
+    model.find_head(warn)
     if spec.compute.gradient_checkpointing is True:
         with quiet_libraries():
-            ready.base.gradient_checkpointing_enable({"use_reentrant": False})
-    ready.model.train()
-    return ready
+            model.base.gradient_checkpointing_enable({"use_reentrant": False})
+    if spec.compute.compile:
+        if spec.parallel.zero_stage == 3:
+            raise UserError("engine.compile_sharded", "compute.compile")
+        model.compile_layers(warn)
+    model.model.train()
 
 
 def load_base(path: Path, method: AnyMethod, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

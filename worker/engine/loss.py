@@ -46,17 +46,21 @@ def training_loss(model: LanguageModel, batch: Batch, scale: float) -> tuple[Ten
     with model.autocast():
         features_TD = model.features(batch)
     if model.scores_in_one_piece:
-        losses_T = _losses(model, features_TD, batch.targets_T)
+        losses_T = model.enter_head(_losses, features_TD, model, batch.targets_T)
         return losses_T.sum() * scale, losses_T.detach()
-    weights = [weight for weight in model.head_parameters() if weight.requires_grad]
-    with model.head_gathered():
-        part, losses_T = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch
-            model, batch.targets_T, scale, features_TD, *weights
-        )
+    part, losses_T = model.enter_head(_in_chunks, features_TD, model, batch.targets_T, scale)
     return part, losses_T
 
 
-def _losses(model: LanguageModel, features_CD: Tensor, targets_C: Tensor) -> Tensor:
+def _in_chunks(features_TD: Tensor, model: LanguageModel, targets_T: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    weights = [weight for weight in model.head_parameters() if weight.requires_grad]
+    part, losses_T = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch
+        model, targets_T, scale, features_TD, *weights
+    )
+    return part, losses_T
+
+
+def _losses(features_CD: Tensor, model: LanguageModel, targets_C: Tensor) -> Tensor:
     with model.autocast():
         logits_CV = model.logits(features_CD)
     return F.cross_entropy(logits_CV.float(), targets_C, reduction="none")
@@ -77,7 +81,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for features_CD, targets_C in _chunks(model, features_TD, targets_T):
             leaf_CD = features_CD.detach().requires_grad_(wants_features)
             with torch.enable_grad():
-                losses_C = _losses(model, leaf_CD, targets_C)
+                losses_C = _losses(leaf_CD, model, targets_C)
                 inputs = [leaf_CD, *weights] if wants_features else list(weights)
                 found = list(torch.autograd.grad(losses_C.sum() * scale, inputs, allow_unused=True))
             losses.append(losses_C.detach())
@@ -115,13 +119,17 @@ def score(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
 def _score(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
     with model.autocast():
         features_TD = model.features(batch)
+    losses_T, hits_T = model.enter_head(_score_chunks, features_TD, model, batch.targets_T)
+    return losses_T, hits_T
+
+
+def _score_chunks(features_TD: Tensor, model: LanguageModel, targets_T: Tensor) -> tuple[Tensor, Tensor]:
     losses, hits = [], []
-    with model.head_gathered():
-        for features_CD, targets_C in _chunks(model, features_TD, batch.targets_T):
-            with model.autocast():
-                logits_CV = model.logits(features_CD)
-            losses.append(F.cross_entropy(logits_CV.float(), targets_C, reduction="none"))
-            hits.append(logits_CV.argmax(dim=-1) == targets_C)
+    for features_CD, targets_C in _chunks(model, features_TD, targets_T):
+        with model.autocast():
+            logits_CV = model.logits(features_CD)
+        losses.append(F.cross_entropy(logits_CV.float(), targets_C, reduction="none"))
+        hits.append(logits_CV.argmax(dim=-1) == targets_C)
     return torch.cat(losses), torch.cat(hits)
 
 
@@ -134,6 +142,5 @@ def logits_of(model: LanguageModel, batch: Batch) -> Tensor:
 
 def _logits(model: LanguageModel, batch: Batch) -> Tensor:
     with model.autocast():
-        features_TD = model.features(batch)
-        with model.head_gathered():
-            return model.logits(features_TD).float()
+        logits_TV: Tensor = model.enter_head(model.logits, model.features(batch))
+    return logits_TV.float()

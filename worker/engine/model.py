@@ -13,7 +13,7 @@ and says so, one that was asked for by name is refused with what the model said.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from core.errors import UserError
-from worker.engine.attention import FLEX, SEGMENTED, UnsupportedAttention
+from worker.engine.attention import FLEX, SEGMENTED, UnsupportedAttention, register
 from worker.engine.batches import Batch, of_tokens
 from worker.engine.segments import Segments
 
@@ -53,8 +53,8 @@ class Head:
     softcap: float | None
 
     def __call__(self, hidden_TD: Tensor) -> Tensor:
-        # Not module(...): on that ZeRO-3 hangs a gather and a release, and there are as many chunks as a rank has
-        # targets; `head_gathered` gathers it once.
+        # Not module(...): on that ZeRO-3 hangs a gather and a release, and ranks have unequal numbers of chunks;
+        # `enter_head` gathers it once for all of them.
         logits_TV: Tensor = self.module.forward(hidden_TD) * self.scale
         return logits_TV if self.softcap is None else self.softcap * torch.tanh(logits_TV / self.softcap)
 
@@ -74,10 +74,10 @@ class LanguageModel:
         self.vocabulary: int = self.base.config.get_text_config().vocab_size
         self._decoder: nn.Module = self.base.get_decoder()
         self._head: Head | None = None
-        # Where no rank holds the whole model (worker.engine.zero), passes have to begin at a root that gathers it in
-        # step with the other ranks, and the head is gathered around its chunks.
+        # Where no rank holds the whole model (worker.engine.zero), a pass has to begin at a root that gathers it in
+        # step with the other ranks, and the head is gathered around all that is done with it.
         self.enter: Callable[..., Any] = lambda task, *arguments: task(*arguments)
-        self.head_gathered: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.enter_head: Callable[..., Any] = lambda task, features_TD, *arguments: task(features_TD, *arguments)
         self.scores_in_one_piece = False
 
     @property
@@ -187,6 +187,22 @@ class LanguageModel:
             self.attention_reason = "; ".join(kernels[name] for name in COSTLIEST_FIRST if name in kernels)
         return None
 
+    def compile_layers(self, warn: Warn, backend: str = "inductor") -> None:
+        """torch.compile of each layer of the decoder, for batches of any shape. Attention stays outside of the graphs:
+        its kernels are compiled already, and its cuts differ from batch to batch. Raises UserError."""
+        kinds = set(self.base._no_split_modules or ())
+        layers = [module for module in self.base.modules() if type(module).__name__ in kinds]
+        if not layers:
+            raise UserError("engine.no_layers", "compute.compile")
+        register(torch.compiler.disable)
+        for layer in layers:
+            layer.compile(dynamic=True, backend=backend)
+        warn(
+            "compile",
+            f"{len(layers)} layers are compiled during the first steps, which takes minutes; a resumed run goes on as it "
+            "would have but for rounding, since compiled code depends on the shapes that it meets first",
+        )
+
     def find_head(self, warn: Warn) -> None:
         """Decides whether decoder and head can run apart; says so where they can't."""
         config = self.base.config.get_text_config()
@@ -213,9 +229,8 @@ class LanguageModel:
         return logits_TV.float()
 
     def _features_to_logits(self, batch: Batch) -> Tensor:
-        features_TD = self.features(batch)
-        with self.head_gathered():
-            return self.logits(features_TD)
+        logits_TV: Tensor = self.enter_head(self.logits, self.features(batch))
+        return logits_TV
 
     def _trial_batch(self) -> Batch:
         token_ids = [1 + number * 7 % (self.vocabulary - 1) for number in range(2 * TRIAL_TOKENS)]

@@ -27,8 +27,8 @@ def make_optimizer(
     The loop sets `lr` of every group before each step. Decay is decoupled: a weight shrinks by lr x weight_decay."""
     weights = list(trained.values())
     groups = [
-        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": spec.optimizer.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+        {"params": [each for each in weights if _ndim(each) >= 2], "weight_decay": spec.optimizer.weight_decay},
+        {"params": [each for each in weights if _ndim(each) < 2], "weight_decay": 0.0},
     ]
     numbers: dict[str, Any] = {"lr": 0.0, "betas": spec.optimizer.betas, "eps": spec.optimizer.eps}
     match spec.optimizer.name:
@@ -40,6 +40,11 @@ def make_optimizer(
             warn("optimizer", "a CPU has no memory to page out to, so paged_adamw_8bit runs as adamw_8bit")
     eight_bit: torch.optim.Optimizer = AdamW8bit(groups, **numbers)
     return eight_bit
+
+
+def _ndim(weight: nn.Parameter) -> int:
+    """Also of one that ZeRO-3 has cut up, which torch takes for empty."""
+    return len(getattr(weight, "ds_shape", weight.shape))
 
 
 class StillPaged(PagedAdamW8bit):

@@ -38,7 +38,8 @@ def measure_leak(model: LanguageModel, seed: int) -> float:
 @torch.no_grad()
 def _features(model: LanguageModel, row: list[list[int]]) -> Tensor:
     with model.autocast():
-        return model.features(of_tokens([row]).to(model.device)).float()
+        features_TD: Tensor = model.enter(model.features, of_tokens([row]).to(model.device))
+    return features_TD.float()
 
 
 def leaks(model: LanguageModel, leak: float) -> bool:

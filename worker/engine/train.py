@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,15 @@ import transformers
 from pydantic import TypeAdapter
 
 from core import events
+from core.certify import Curve
 from core.errors import UserError
-from core.packing import as_lengths, padded_efficiency, sample_hash
+from core.packing import Segment, sample_hash
 from core.preflight import JobPlan, plan_job
 from core.schedule import lr_at
 from core.spec import JobSpec, batch_key, parse_spec
 from core.unbuilt import refuse_unbuilt
 from core.wire import MeasuredProfile
+from core.zero import refuse_unproven, uses_deepspeed
 from worker.engine import checkpoint
 from worker.engine.batches import Ahead, StepBatch, make_batch, steps_from
 from worker.engine.checkpoint import Manifest, NoSpace, Progress
@@ -56,10 +59,10 @@ from worker.engine.emit import Emitter, NoEmitter
 from worker.engine.ending import Diverged, culprits_outcome, outcome_of, write_first
 from worker.engine.evaluate import answer, evaluate
 from worker.engine.learner import Learner, Replica
-from worker.engine.loading import load_model
-from worker.engine.model import LanguageModel
+from worker.engine.loading import load_model, try_out
+from worker.engine.model import LanguageModel, Warn
 from worker.engine.model_card import Facts
-from worker.engine.models import profile_model
+from worker.engine.models import profile_with_hashes
 from worker.engine.optimizer import make_optimizer
 from worker.engine.probe import leaks, measure_leak
 from worker.engine.ranks import ALONE, Ranks, is_peer_gone, joined
@@ -68,7 +71,8 @@ from worker.engine.result import end_of_turn, save_result, stop_ids
 from worker.engine.signals import Signals, Stopped
 from worker.engine.tokenizer import HfChatTokenizer
 from worker.engine.weights import report_weights
-from worker.job_directory import EXIT_CODES, Inputs, OutcomeFile, write_atomically
+from worker.engine.zero import Shards, cut_as_read, stepping_on_the_cpu
+from worker.job_directory import EXIT_CODES, Inputs, OutcomeFile, Trial, write_atomically, write_json
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +177,8 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     emitter, ranks = run.emitter, run.ranks
     run.let_stop_interrupt(True)
     inputs = Inputs.model_validate_json((run.directory / "inputs.json").read_bytes())
+    if not inputs.cache_dir:
+        inputs = inputs.model_copy(update={"cache_dir": str(run.directory / "cache")})
     asked = parse_spec(json.loads((run.directory / "spec.json").read_bytes()))
     run.spec = asked
     refuse_unbuilt(asked)
@@ -204,39 +210,45 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
 
     # Plan: every step, its samples and its learning rate, before the first of them.
     run.enter("plan")
-    profile = profile_model(model_path, inputs.model_name)
+    profile = profile_with_hashes(model_path, inputs.model_name, Path(inputs.cache_dir))
 
     def plan_of(spec: JobSpec) -> JobPlan:
         return plan_job(spec, corpus.profiles, profile, device_facts)
 
     plan = plan_of(asked)
     run.spec = plan.spec
+    refuse_unproven(plan.spec)
     ranks.agree_on("the plan", plan_hash(plan))
     run.obey()
 
-    # Model: weights, adapters, and what its family does differently.
+    # Model: weights and adapters, in one piece or cut up over the ranks; then what its family does differently.
     run.enter("load_model")
+
+    def load(onto: torch.device) -> LanguageModel:
+        return load_model(
+            model_path,
+            plan.spec,
+            onto,
+            emitter.warn,
+            adapter_path=Path(inputs.adapter_path) if inputs.adapter_path else None,
+            new_token_ids=tokenizer.added_ids,
+        )
+
     checkpoint.seed_all(asked.seed)
-    model = load_model(
-        model_path,
-        plan.spec,
-        asked.compute.attention,
-        device,
-        emitter.warn,
-        adapter_path=Path(asked.model.adapter) if asked.model.adapter else None,
-        new_token_ids=tokenizer.added_ids,
-    )
+    with cut_as_read(plan.spec, device):
+        model = load(device)
+    learner = make_learner(model, plan.spec, ranks, run.directory, emitter.warn)
+    try_out(model, plan.spec, asked.compute.attention, emitter.warn)
     ranks.agree_on("the attention", model.attention)
     checkpoint.seed_all(asked.seed + ranks.rank)  # dropout: each rank its own
     run.obey()
 
     # Probe: a model on which packed samples see each other gets one sample a row, or is refused.
     run.enter("probe")
-    if plan.settings.mode == "packed":
+    if plan.settings.mode in ("packed", "padding_free"):
         leak = ranks.from_first(measure_leak(model, asked.seed))
         if leaks(model, leak):
             plan = one_sample_a_row(run, plan, asked, leak, plan_of)
-    weights = model.trainable()
     run.plan_fields = {
         **plan.plan_event(),
         **report_weights(model.model).plan_event(),
@@ -244,10 +256,8 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     }
     emitter.emit(events.Plan, **run.plan_fields)
 
-    trained_end = end_of_turn(corpus, plan.selection.train, tokenizer.tokenizer)
+    trained_end = end_of_turn(corpus, plan.selection.train.sample_ids.tolist(), tokenizer.tokenizer)
     ends = stop_ids(model, tokenizer.tokenizer, trained_end)
-    optimizer = make_optimizer(weights, plan.spec, device, emitter.warn)
-    learner = Replica(model, optimizer, plan.spec, ranks)
     ready = Ready(plan, model, learner, corpus, tokenizer, ends, profile.context_length, threads, ranks)
     if resumed:
         resume(run, ready, *resumed)
@@ -258,6 +268,11 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     run.obey()
 
     run.let_stop_interrupt(False)
+    if inputs.trial is not None:
+        curve = try_steps(ready, inputs.trial, run.own_wishes)
+        if ranks.is_first:
+            write_json(run.directory / "trial.json", curve)
+        return
     make_steps(run, ready)
 
     # Result: saved, opened again, compared.
@@ -280,10 +295,11 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
         trainable_parameters=run.plan_fields["trainable_parameters"],
         total_parameters=run.plan_fields["total_parameters"],
     )
-    if ranks.is_first:
+    whole = learner.whole(lambda: load_whole(load, plan.spec, asked.compute.attention))
+    if whole is not None:
         save_result(
             run.directory / "result",
-            model,
+            whole,
             tokenizer.tokenizer,
             spec=plan.spec,
             base_path=model_path,
@@ -296,7 +312,6 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
 def make_steps(run: Run, ready: Ready) -> None:
     """All steps that are left, and what happens at the borders between them."""
     plan, spec, ranks = ready.plan, ready.spec, ready.ranks
-    lengths = as_lengths(plan.lengths)
     run.enter("train", run.progress.step, plan.total_steps)
     run.saved_at = time.monotonic()
     wishes = run.agree()
@@ -334,8 +349,8 @@ def make_steps(run: Run, ready: Ready) -> None:
             made = make_step(ready, batch, learning_rate, run.own_wishes)
 
             if records is not None:
-                targets = [plan.trained[sample] for sample in made.sample_ids]
-                records.append(work.step, made.sample_ids, targets, made.loss_sums)
+                targets = [work.targets[segment] for segment in made.segments]
+                records.append(work.step, [segment.sample for segment in made.segments], targets, made.loss_sums)
             digest = sample_hash(work.sample_ids)
             run.progress = run.progress.model_copy(
                 update={
@@ -359,7 +374,7 @@ def make_steps(run: Run, ready: Ready) -> None:
                 slots=layout.slots,
                 rows=layout.rows,
                 padding_efficiency=layout.padding_efficiency,
-                padded_efficiency=padded_efficiency(work.sample_ids, lengths),
+                padded_efficiency=work.padded_efficiency,
                 tokens_per_s=layout.tokens / made.seconds,
                 step_s=made.seconds,
                 wait_s=ahead.wait_s,
@@ -382,13 +397,39 @@ def make_steps(run: Run, ready: Ready) -> None:
             wishes = made.wishes if ranks.size > 1 else run.agree()
 
 
+def try_steps(ready: Ready, trial: Trial, own_wishes: Callable[[], tuple[bool, bool, bool]]) -> Curve:
+    """The first steps for their numbers alone: nothing is looked at, saved or told on the way."""
+    plan, ranks = ready.plan, ready.ranks
+    last = min(trial.steps, plan.total_steps)
+    work_of = partial(plan.step, is_alone=trial.is_alone)
+    made: list[Made] = []
+    slots = most_segments = 0
+    for batch in steps_from(1, last, work_of, ready.corpus, ranks.rank):
+        work = batch.work
+        made.append(make_step(ready, batch, lr_at(plan.schedule, work.step), own_wishes))
+        if made[-1].wishes.stop:
+            raise Stopped
+        slots += work.layout.slots
+        rows = (row for passes in work.layout.ranks for rows in passes for row in rows)
+        most_segments = max(most_segments, *map(len, rows))
+    return Curve(
+        losses=tuple(step.loss for step in made),
+        grad_norms=tuple(step.grad_norm for step in made),
+        slots=slots,
+        most_segments_in_a_row=most_segments,
+        ranks=ranks.size,
+        attention=ready.model.attention,
+        seconds=sum(step.seconds for step in made),
+    )
+
+
 @dataclass(frozen=True)
 class Made:
     """An optimizer step as it went, the same on every rank."""
 
     loss: float
     grad_norm: float  # before clipping
-    sample_ids: tuple[int, ...]  # of all ranks, in the order of the layout
+    segments: tuple[Segment, ...]  # of all ranks, in the order of the layout
     loss_sums: tuple[float, ...]  # of each of them
     wishes: Wishes
     seconds: float
@@ -403,7 +444,7 @@ def make_step(
     for the only time: each puts the loss sums of its samples at their places among all, its wishes and its peak."""
     model, learner, ranks, layout = ready.model, ready.learner, ready.ranks, batch.work.layout
     began, bytes_before = time.perf_counter(), ranks.traffic.bytes
-    of_rank = [[sample for rows in passes for row in rows for sample in row] for passes in layout.ranks]
+    of_rank = [[segment for rows in passes for row in rows for segment in row] for passes in layout.ranks]
     first = sum(map(len, of_rank[: ranks.rank]))
     num_samples = sum(map(len, of_rank))
 
@@ -425,7 +466,7 @@ def make_step(
     return Made(
         loss=sum(loss_sums) / batch.num_targets,
         grad_norm=norm,
-        sample_ids=tuple(sample for samples in of_rank for sample in samples),
+        segments=tuple(segment for segments in of_rank for segment in segments),
         loss_sums=tuple(loss_sums),
         wishes=Wishes(stop > 0, save > 0, clock > 0),
         seconds=time.perf_counter() - began,
@@ -451,6 +492,23 @@ def plan_hash(plan: JobPlan) -> str:
     return hashlib.sha256(json.dumps(common).encode()).hexdigest()
 
 
+def make_learner(model: LanguageModel, spec: JobSpec, ranks: Ranks, directory: Path, warn: Warn) -> Learner:
+    optimizer = make_optimizer(model.trainable(), spec, model.device, warn)
+    if uses_deepspeed(spec):
+        if spec.parallel.offload != "none":
+            optimizer = stepping_on_the_cpu(optimizer, spec)
+        return Shards(model, optimizer, spec, ranks, directory)
+    return Replica(model, optimizer, spec, ranks)
+
+
+def load_whole(load: Callable[[torch.device], LanguageModel], spec: JobSpec, asked_attention: str) -> LanguageModel:
+    """Where no rank holds all of what was trained: into the memory of the host, which has more room. What there is to
+    warn of was said before."""
+    model = load(torch.device("cpu"))
+    try_out(model, spec, asked_attention, lambda code, text: None)
+    return model
+
+
 def write_profiles(path: Path, corpus: Corpus) -> None:
     measured = [MeasuredProfile(dataset=name, profile=profile) for name, profile in corpus.profiles.items()]
     write_atomically(path, TypeAdapter(list[MeasuredProfile]).dump_json(measured))
@@ -464,15 +522,16 @@ def one_sample_a_row(
     Raises UserError engine.leak where steps are made of rows, which would then be other steps."""
     if batch_key(asked.batch) == "rows_per_step":
         raise UserError("engine.leak", "packing.mode", leak=leak)
-    alone = plan_of(asked.model_copy(update={"packing": asked.packing.model_copy(update={"mode": "padded"})}))
-    packing = plan.packing_report()
+    one_a_row = asked.packing.model_copy(update={"mode": "padded", "algorithm": "best_fit"})
+    alone = plan_of(asked.model_copy(update={"packing": one_a_row}))
+    packed, padded = plan.packing.mine, plan.packing.of("padded")
     run.spec = alone.spec
     run.emitter.warn(
         "leak",
         f"this model lets packed samples see each other (a changed neighbour moves their hidden states by {leak:.2g} "
-        f"of the scale), so each sample gets its own row: the same steps, but {packing.padded.rows:,} rows an epoch "
-        f"instead of {packing.packed.rows:,}, with {packing.padded.slots:,} slots instead of "
-        f"{packing.packed.slots:,}; expect it to take longer",
+        f"of the scale), so each sample gets its own row: the same steps, but {padded.rows:,} rows an epoch "
+        f"instead of {packed.rows:,}, with {padded.slots:,} slots instead of {packed.slots:,}; "
+        "expect it to take longer",
     )
     return alone
 

@@ -1,0 +1,83 @@
+"""ZeRO: what stages 1 to 3 shard over the ranks, and the DeepSpeed configuration that makes them so.
+
+The configuration is a pure function of the resolved spec, so a page can show it before launch; the trainer writes the
+one that it used to deepspeed.json. docs/zero.md explains each of its lines.
+
+DeepSpeed is told nothing about precision. Weights that are trained are fp32 under every stage and autocast does the
+arithmetic, exactly as without DeepSpeed, so a stage changes where numbers lie and no number. Accumulation is not its
+business either: micro-batches of a step differ in number, and each is already divided by the step's tokens.
+"""
+
+from typing import Any, Literal
+
+from core.errors import UserError
+from core.spec import JobSpec
+
+DeviceKind = Literal["gpu", "cpu"]
+
+# Elements of a bucket, fp32: 64 MiB. DeepSpeed's 500 million allocate 2 GB before the first gradient.
+BUCKET_ELEMENTS = 1 << 24
+
+
+def uses_deepspeed(spec: JobSpec) -> bool:
+    return spec.parallel.zero_stage in (1, 2, 3)
+
+
+def deepspeed_config(spec: JobSpec, device_kind: DeviceKind) -> dict[str, Any]:
+    """For a spec whose stage and offload are resolved."""
+    stage, offload = spec.parallel.zero_stage, spec.parallel.offload
+    assert stage in (1, 2, 3) and offload != "auto"
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": device_kind == "gpu",
+        "contiguous_gradients": True,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+    }
+    if stage < 3:
+        zero["allgather_bucket_size"] = BUCKET_ELEMENTS
+        # Each gradient to the rank that owns it, instead of every gradient to all. Over NCCL, where many small sends
+        # may cost more than one large one, DeepSpeed's own default stays until it is timed.
+        zero["use_multi_rank_bucket_allreduce"] = device_kind == "gpu"
+    else:
+        zero["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
+        zero["stage3_param_persistence_threshold"] = 100_000
+        zero["stage3_max_live_parameters"] = 1_000_000_000
+        zero["stage3_max_reuse_distance"] = 1_000_000_000
+        zero["memory_efficient_linear"] = True
+    place = {"device": "cpu", "pin_memory": device_kind == "gpu"}
+    if offload != "none":
+        zero["offload_optimizer"] = place
+    if offload == "optimizer_and_params":
+        zero["offload_param"] = place
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": spec.optimizer.max_grad_norm or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "zero_optimization": zero,
+    }
+
+
+def loading_config(spec: JobSpec, device_kind: DeviceKind) -> dict[str, Any]:
+    """The same for the time of loading under stage 3, when weights are cut as they are read. The type in which frozen
+    weights are kept can only be said in this way."""
+    is_frozen = spec.method.type != "full"
+    return deepspeed_config(spec, device_kind) | {
+        "bf16": {"enabled": is_frozen and spec.compute.dtype == "bf16"},
+    }
+
+
+def refuse_unproven(spec: JobSpec) -> None:
+    """Raises UserError for what a stage cannot do, or has not been shown to do exactly."""
+    stage, offload = spec.parallel.zero_stage, spec.parallel.offload
+    if not uses_deepspeed(spec):
+        if offload in ("optimizer", "optimizer_and_params"):
+            raise UserError("zero.offload_stage", "parallel.offload", offload=offload)
+        return
+    if stage == 3 and spec.method.type == "qlora":
+        raise UserError("zero.qlora", "parallel.zero_stage")
+    if spec.compute.dtype == "fp16":
+        raise UserError("zero.fp16", "compute.dtype", stage=int(stage))
+    if offload == "optimizer_and_params" and stage != 3:
+        raise UserError("zero.offload_params", "parallel.offload", stage=int(stage))

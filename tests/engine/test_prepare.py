@@ -12,12 +12,14 @@ import pytest
 
 from core.chat import CHATML
 from core.profile import DataProfile
+from core.spec import parse_spec
 from core.wire import ProfileResult
 from tests.engine.test_data import TOKENIZER, conversation, write
 from tests.engine.test_tokenizer import byte_level
-from worker.engine.data import Reading, read_samples
+from worker.engine.data import Reading, load_corpus, read_samples
 from worker.engine.prepare import MAX_PREVIEWED_TOKENS, NUM_PREVIEWED, death_of_child, preview
-from worker.job_directory import InputFile, PrepareOrder, write_json
+from worker.engine.tokenizer import HfChatTokenizer
+from worker.job_directory import InputFile, Inputs, PrepareOrder, write_json
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -31,6 +33,7 @@ def order(tmp_path: Path, template: str, rows: list[object], **changes: str | No
         model_path=str(tmp_path / "model"),
         model_name="tiny",
         data=InputFile(dataset="rows", path=str(data), sha256="0" * 64),
+        cache_dir=str(tmp_path / "cache"),
         **values,
     )
     write_json(tmp_path / "order.json", written)
@@ -45,7 +48,7 @@ def text_of(profile: DataProfile, number: int = 0) -> str:
     return "".join(profile.preview[number].pieces)
 
 
-def test_a_file_is_measured_and_previewed_as_the_model_sees_it(tmp_path: Path) -> None:
+def test_a_file_is_measured_and_previewed_as_the_model_sees_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[object] = [conversation("你好，世界 🦙", "第二个"), "{broken", conversation("short")]
     result = order(tmp_path, CHATML, rows)
     assert result.error == ""
@@ -61,6 +64,15 @@ def test_a_file_is_measured_and_previewed_as_the_model_sees_it(tmp_path: Path) -
     shown = profile.preview[0]
     trained = "".join(piece for piece, is_trained in zip(shown.pieces, shown.trained, strict=True) if is_trained)
     assert trained == "你好，世界 🦙<|im_end|>第二个<|im_end|>"
+
+    # A trainer on this host opens what was made here, and tokenises nothing.
+    monkeypatch.setattr(HfChatTokenizer, "encode_batch", None)
+    file = InputFile(dataset="rows", path=str(tmp_path / "rows.jsonl"), sha256="0" * 64)
+    inputs = Inputs(model_path="", model_name="", data=(file,), cache_dir=str(tmp_path / "cache"))
+    spec = parse_spec({"data": {"train": [{"dataset": "rows"}], "validation": None}})
+    corpus = load_corpus(spec, inputs, HfChatTokenizer.load(tmp_path / "model"))
+    assert corpus.profiles["rows"] == here
+    assert "".join(TOKENIZER.pieces(corpus.sample(0)[0].tolist())) == text_of(profile)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from app.jobs import (
     topic_of,
 )
 from app.pages.environment import frame_context, has_vendor_files, translate
+from app.pages.format import count, exact, size
 from app.pages.job_row import count_states, read_rows
 from app.pages.preflight import curl_command, curve_steps, spec_yaml, told_choices
 from app.services import AnyServices, Services
@@ -46,6 +47,13 @@ LAST_LINES = 12
 # Kinds of events that stand in the log beside what the processes printed.
 LOGGED = ("log", "warning", "eval", "checkpoint", "failure")
 LEVELS = {"warning": "warning", "failure": "error", "phase": "note", "eval": "note", "checkpoint": "note"}
+
+# What the trainer found in the loaded model, in words; the keys are the plan's.
+PARAMETERS: dict[str, str] = {
+    "total_parameters": N_("parameters"),
+    "trainable_parameters": N_("of them trained"),
+    "quantised_parameters": N_("of them in 4 bits"),
+}
 
 # What became of every row and sample, in words; the keys are the plan's.
 COUNTS: dict[str, str] = {
@@ -148,6 +156,7 @@ def job_context(session: Session, services: Services, job: Job, tab: str) -> dic
                 "yaml": spec_yaml(spec),
                 "curl": curl_command(services, spec),
                 "choices": told_choices((job.plan or {}).get("choices", [])),
+                "weights": weight_facts(job.plan or {}),
                 "data_counts": [
                     (translate(COUNTS.get(name, name)), number)
                     for name, number in (job.plan or {}).get("counts", {}).items()
@@ -159,6 +168,18 @@ def job_context(session: Session, services: Services, job: Job, tab: str) -> dic
         case "timeline":
             context |= _history(session, job.id)
     return context
+
+
+def weight_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """Parameters and bytes of the loaded model; those of a kind of layer where they are trained."""
+    facts = [(translate(title), exact(plan[name])) for name, title in PARAMETERS.items() if plan.get(name)]
+    kinds = plan.get("trainable_by_kind", {})
+    if kinds:
+        facts.append((translate(N_("trained by layer")), ", ".join(f"{kind} {count(kinds[kind])}" for kind in kinds)))
+    held = plan.get("weight_bytes", {})
+    if held:
+        facts.append((translate(N_("memory of the weights")), ", ".join(f"{size(held[kind])} {kind}" for kind in held)))
+    return facts
 
 
 def planned(job: Job) -> dict[str, Any] | None:

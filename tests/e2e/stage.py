@@ -227,7 +227,13 @@ class Stage:
         for offset, (name, total) in enumerate((("fetch", 1), ("load_model", None), ("tokenise", 640), ("plan", None))):
             part.say("phase", started_at + offset, name=name, done=total or 0, total=total)
             part.say("log", started_at + offset, rank=0, level="info", text=f"{name}: done in {0.3 + offset:.1f} s")
-        model_facts = {"trainable_parameters": 98_304, "total_parameters": 2_232_320, "attention": "flash"}
+        model_facts = {
+            "trainable_parameters": 98_304,
+            "total_parameters": 2_232_320,
+            "trainable_by_kind": {"q_proj": 32_768, "v_proj": 32_768, "down_proj": 32_768},
+            "weight_bytes": {"bfloat16": 4_268_032, "float32": 393_216},
+            "attention": "flash",
+        }
         part.say("plan", started_at + 4, **plan.plan_event(), **model_facts)
         part.say("phase", started_at + 5, name="train", done=0, total=None)
         return plan.schedule

@@ -21,9 +21,13 @@ class Loop:
     cpu_s: float
     wall_s: float
     rss_before_bytes: int  # resident when the model stood ready, before the first forward pass with a gradient
+    gpu_allocated_bytes: int  # by torch, at most in the whole run; 0 on a CPU
+    gpu_reserved_bytes: int
 
 
 def main(job_dir: Path) -> int:
+    import torch
+
     from core.events import BaseEvent
     from worker.engine import train
     from worker.engine.emit import Emitter
@@ -44,7 +48,16 @@ def main(job_dir: Path) -> int:
             clock.write(json.dumps(moment) + "\n")
 
         Emitter.emit = emit  # type: ignore[method-assign]
-        return train.main(job_dir)
+        code = train.main(job_dir)
+        has_gpu = torch.cuda.is_available()
+        held = {
+            "kind": "exit",
+            "name": None,
+            "gpu_allocated_bytes": torch.cuda.max_memory_allocated() if has_gpu else 0,
+            "gpu_reserved_bytes": torch.cuda.max_memory_reserved() if has_gpu else 0,
+        }
+        clock.write(json.dumps(held) + "\n")
+        return code
 
 
 def read_loop(job_dir: Path) -> Loop:
@@ -52,7 +65,14 @@ def read_loop(job_dir: Path) -> Loop:
     begin = next(moment for moment in moments if moment["name"] == "train")
     end = next(moment for moment in reversed(moments) if moment["kind"] == "step")
     ready = next(moment for moment in moments if moment["name"] == "longest_batch")
-    return Loop(end["cpu_s"] - begin["cpu_s"], end["wall_s"] - begin["wall_s"], ready["rss_bytes"])
+    held = moments[-1]
+    return Loop(
+        cpu_s=end["cpu_s"] - begin["cpu_s"],
+        wall_s=end["wall_s"] - begin["wall_s"],
+        rss_before_bytes=ready["rss_bytes"],
+        gpu_allocated_bytes=held["gpu_allocated_bytes"],
+        gpu_reserved_bytes=held["gpu_reserved_bytes"],
+    )
 
 
 def read_steps(job_dir: Path) -> list[dict[str, Any]]:

@@ -181,7 +181,10 @@ class Run:
     loop_wall_s: float
     rss_before_bytes: int  # when the model stood ready
     attention: str
-    gpu_peak_bytes: int = 0
+    step_s: tuple[float, ...]
+    step_tokens: tuple[int, ...]
+    gpu_allocated_bytes: int = 0  # at most
+    gpu_reserved_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ class Way:
     follows_our_order: bool = False
     attention: str | None = None  # None: what it takes by itself
     use_liger_kernel: bool = False
+    uses_unsloth: bool = False
 
 
 def prepare_ours(task: Task, folder: Path, **parts: object) -> Path:
@@ -221,14 +225,18 @@ def run_ours(task: Task, folder: Path, **parts: object) -> Run:
         loop_wall_s=loop.wall_s,
         rss_before_bytes=loop.rss_before_bytes,
         attention=next(event["attention"] for event in events if event["kind"] == "plan"),
-        gpu_peak_bytes=0 if task.device == "cpu" else max(step["memory_peak_bytes"] for step in steps),
+        step_s=tuple(step["step_s"] for step in steps),
+        step_tokens=tuple(step["tokens"] for step in steps),
+        gpu_allocated_bytes=loop.gpu_allocated_bytes,
+        gpu_reserved_bytes=loop.gpu_reserved_bytes,
     )
 
 
-def run_trl(task: Task, way: Way, folder: Path, order: Sequence[int] | None = None) -> Run:
-    """Raises peers.Missing and ChildFailed. `order`: row numbers of all epochs in a row, for a way that follows it."""
+def run_trl(task: Task, way: Way, folder: Path, order: Sequence[int] | None = None, python: Path | None = None) -> Run:
+    """Raises peers.Missing and ChildFailed. `order`: row numbers of all epochs in a row, for a way that follows it.
+    `python` has TRL; None: that of the peers' own environment."""
     folder.mkdir(parents=True, exist_ok=True)
-    python = peers.python_of(peers.TRL)
+    python = python or peers.python_of(peers.TRL)
     asked = {
         "model": str(task.model),
         "adapter": str(task.adapter) if task.adapter else None,
@@ -248,10 +256,12 @@ def run_trl(task: Task, way: Way, folder: Path, order: Sequence[int] | None = No
         "attention": way.attention,
         "gradient_checkpointing": task.gradient_checkpointing,
         "use_liger_kernel": way.use_liger_kernel,
+        "quantised": task.method == "qlora",
         "sample_ids": list(order) if way.follows_our_order and order is not None else None,
     }
     (folder / "asked.json").write_text(json.dumps(asked))
-    command = [python, TRAIN_TRL, folder / "asked.json", folder / "result.json"]
+    command: list[str | Path] = [python, TRAIN_TRL, folder / "asked.json", folder / "result.json"]
+    command += ["unsloth"] if way.uses_unsloth else []
     usage = run_child(command, {**_environment(task), "HF_HOME": str(folder / "hf")}, folder / "log.txt")
     result = json.loads((folder / "result.json").read_text())
     return Run(
@@ -263,7 +273,10 @@ def run_trl(task: Task, way: Way, folder: Path, order: Sequence[int] | None = No
         loop_wall_s=result["loop_wall_s"],
         rss_before_bytes=result["rss_before_bytes"],
         attention=result["attention"],
-        gpu_peak_bytes=result["gpu_peak_bytes"],
+        step_s=tuple(result["step_s"]),
+        step_tokens=tuple(result["step_tokens"]),
+        gpu_allocated_bytes=result["gpu_allocated_bytes"],
+        gpu_reserved_bytes=result["gpu_reserved_bytes"],
     )
 
 

@@ -1,10 +1,10 @@
 """One run of TRL's SFTTrainer, in an environment that has nothing of ours.
 
-`python train_trl.py ASKED.json RESULT.json`: the first says what to train and how (bench.training writes it), the
-second what came out, the losses and what they took. What the first does not say is TRL's default, but for what would
-make the runs unlike each other: a constant rate, no recomputation of activations where ours has none (it is TRL's
-default, and costs about a third more time), no bf16 on a CPU, no progress bars. Slots and trained tokens are counted
-where batches enter the model.
+`python train_trl.py ASKED.json RESULT.json [unsloth]`: the first says what to train and how (bench.training writes it),
+the second what came out, the losses and what they took; `unsloth` trains through it. What the first does not say is
+TRL's default, but for what would make the runs unlike each other: a constant rate, no recomputation of activations
+where ours has none (it is TRL's default, and costs about a third more time), no bf16 on a CPU, no progress bars. Slots
+and trained tokens are counted where batches enter the model, without making the host wait for the device.
 """
 
 import json
@@ -14,12 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+if "unsloth" in sys.argv[3:]:  # it patches transformers and TRL, so it comes before them
+    import unsloth
+else:
+    unsloth = None
+
 import psutil
 import torch
 from datasets import load_dataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import Sampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 IGNORED = -100
@@ -49,6 +54,10 @@ class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.begin: dict[str, float] = {}
         self.end: dict[str, float] = {}
+        self.step_s: list[float] = []
+        self.step_tokens: list[int] = []
+        self.pass_tokens: list[int | torch.Tensor] = []  # of the step under way
+        self._step_begin = 0.0
 
     @staticmethod
     def _now() -> dict[str, float]:
@@ -57,8 +66,51 @@ class Clock(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.begin = self._now()
 
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.pass_tokens = []
+        self._step_begin = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.step_s.append(time.perf_counter() - self._step_begin)
+        self.step_tokens.append(sum(map(int, self.pass_tokens)))
+
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.end = self._now()
+
+
+def load(asked: dict[str, Any]) -> tuple[torch.nn.Module, LoraConfig | None]:
+    """The model, and the adapters that TRL is to lay on it."""
+    dtype = getattr(torch, asked["dtype"])
+    if unsloth is not None:
+        base, _ = unsloth.FastLanguageModel.from_pretrained(
+            asked["model"], max_seq_length=asked["max_length"], dtype=dtype, load_in_4bit=asked["quantised"]
+        )
+        recompute = "unsloth" if asked["gradient_checkpointing"] else False
+        rank, alpha = asked["lora"]["rank"], asked["lora"]["alpha"]
+        model = unsloth.FastLanguageModel.get_peft_model(
+            base, r=rank, lora_alpha=alpha, lora_dropout=0.0, use_gradient_checkpointing=recompute
+        )
+        return model, None
+    quantisation = None
+    if asked["quantised"]:
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        asked["model"], dtype=dtype, attn_implementation=asked["attention"], quantization_config=quantisation
+    )
+    if asked["adapter"]:
+        return PeftModel.from_pretrained(model, asked["adapter"], is_trainable=True), None
+    if not asked["lora"]:
+        return model, None
+    return model, LoraConfig(
+        task_type="CAUSAL_LM", r=asked["lora"]["rank"], lora_alpha=asked["lora"]["alpha"], target_modules="all-linear"
+    )
 
 
 def main(asked_path: Path, result_path: Path) -> None:
@@ -66,14 +118,7 @@ def main(asked_path: Path, result_path: Path) -> None:
     is_cpu = asked["device"] == "cpu"
     if is_cpu:
         torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(
-        asked["model"], dtype=getattr(torch, asked["dtype"]), attn_implementation=asked["attention"]
-    )
-    if asked["adapter"]:
-        model = PeftModel.from_pretrained(model, asked["adapter"], is_trainable=True)
-    adapter = asked["lora"] and LoraConfig(
-        task_type="CAUSAL_LM", r=asked["lora"]["rank"], lora_alpha=asked["lora"]["alpha"], target_modules="all-linear"
-    )
+    model, adapter = load(asked)
     data = load_dataset("json", data_files=asked["data"], split="train", cache_dir=str(result_path.parent / "cache"))
     config = SFTConfig(
         output_dir=str(result_path.parent / "trl"),
@@ -109,12 +154,14 @@ def main(asked_path: Path, result_path: Path) -> None:
         callbacks=[clock],
     )
     trainer.order = asked["sample_ids"]
-    counted = {"slots": 0, "passes": 0, "trained_tokens": 0}
+    slots: list[int] = []
+    targets: list[torch.Tensor] = []
 
     def count(module: torch.nn.Module, positional: tuple[()], inputs: dict[str, Any]) -> None:
-        counted["passes"] += 1
-        counted["slots"] += inputs["input_ids"].numel()
-        counted["trained_tokens"] += int((inputs["labels"][:, 1:] != IGNORED).sum())
+        slots.append(inputs["input_ids"].numel())
+        targets.append((inputs["labels"][:, 1:] != IGNORED).sum())
+        mask = inputs.get("attention_mask")
+        clock.pass_tokens.append(slots[-1] if mask is None else mask.sum())
 
     trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     rss_before_bytes = psutil.Process().memory_info().rss
@@ -122,13 +169,18 @@ def main(asked_path: Path, result_path: Path) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trainer.save_model(str(result_path.parent / "result"))
     result = {
-        **counted,
+        "slots": sum(slots),
+        "passes": len(slots),
+        "trained_tokens": sum(map(int, targets)),
         "losses": losses,
         "num_rows": len(trainer.train_dataset),
         "loop_cpu_s": clock.end["cpu_s"] - clock.begin["cpu_s"],
         "loop_wall_s": clock.end["wall_s"] - clock.begin["wall_s"],
         "rss_before_bytes": rss_before_bytes,
-        "gpu_peak_bytes": 0 if is_cpu else torch.cuda.max_memory_reserved(),
+        "step_s": clock.step_s,
+        "step_tokens": clock.step_tokens,
+        "gpu_allocated_bytes": 0 if is_cpu else torch.cuda.max_memory_allocated(),
+        "gpu_reserved_bytes": 0 if is_cpu else torch.cuda.max_memory_reserved(),
         "attention": model.config._attn_implementation,
     }
     result_path.write_text(json.dumps(result))

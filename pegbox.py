@@ -212,12 +212,15 @@ def _certify(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
     from worker.by_hand import find_adapter
     from worker.engine.merge import merge
     from worker.settings import WorkerSettings
 
     _read_dotenv()
     model_roots = WorkerSettings.from_environment().model_roots
+    disable_progress_bar()
     adapter, base = find_adapter(arguments.adapter, arguments.base, model_roots)
     merged = merge(adapter, base, arguments.out)
     print(

@@ -51,6 +51,12 @@ PRESETS: tuple[Preset, ...] = (
         {"method": {"type": "lora", "rank": 16, "alpha": 32}},
     ),
     Preset(
+        "qlora",
+        N_("QLoRA on one GPU"),
+        N_("Adapters over a base in 4 bits: for a model that does not fit otherwise. Slower than LoRA."),
+        {"method": {"type": "qlora", "rank": 16, "alpha": 32}},
+    ),
+    Preset(
         "full",
         N_("Full fine-tune"),
         N_("Every weight is trained: needs about 16 bytes a parameter of memory before activations."),

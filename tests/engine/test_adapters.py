@@ -99,6 +99,20 @@ def test_an_adapter_on_experts_is_read_back_by_anyone_and_merges(
         assert relative_difference(applied, again) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_checkpointed_layers_give_the_same_gradient_in_the_experts_too(mixtures: Path, dtype: str) -> None:
+    def gradient(checkpointing: bool) -> dict[str, torch.Tensor]:
+        compute = {"dtype": dtype, "gradient_checkpointing": checkpointing}
+        model = tiny.load(mixtures / "qwen3_moe", method={"type": "lora", "rank": 8}, compute=compute)
+        for weight in model.trainable().values():
+            weight.data = weight.data + 0.1
+        return tiny.gradients(model, tiny.step_of(tiny.some_samples()))[1]
+
+    kept, made_again = gradient(False), gradient(True)
+    assert all(grad.any() for name, grad in kept.items() if "experts" in name)
+    assert tiny.difference(kept, made_again) == 0
+
+
 def test_what_cannot_act_on_experts_is_refused_and_experts_can_be_left_out(mixtures: Path) -> None:
     folder = mixtures / "qwen3_moe"
     for change in ({"dropout": 0.1}, {"use_dora": True}):

@@ -249,11 +249,17 @@ def _reopened_adapter_logits(
     config = model.model.peft_config["default"]
     assert isinstance(config, LoraConfig)
     if config.ensure_weight_tying or config.trainable_token_indices:
-        # PEFT ties head and embedding for the first adapter of a model only, so this one needs a base of its own.
+        # PEFT ties head and embedding for the first adapter of a model only, so this one needs a base of its own. In 4
+        # bits the device has room for both, else the trained one makes way.
+        if method.type != "qlora":
+            model.model.to("cpu")
         base = load_base(base_path, method, model.device, model.dtype)
         make_room_for(base, tokens_of(config))
         with quiet_libraries():
-            return logits_of(as_trained(PeftModel.from_pretrained(base, folder), model), probe)
+            logits = logits_of(as_trained(PeftModel.from_pretrained(base, folder), model), probe)
+        del base
+        model.model.to(model.device)
+        return logits
     with quiet_libraries():
         model.model.load_adapter(folder, adapter_name="reopened")
     model.model.set_adapter("reopened")

@@ -28,6 +28,7 @@ from core.spec import parse_spec
 from worker.by_hand import prepare_directory
 from worker.engine.data import load_corpus
 from worker.engine.device import find_device
+from worker.engine.model import quiet_libraries
 from worker.engine.models import profile_model
 from worker.engine.tokenizer import HfChatTokenizer
 from worker.job_directory import Inputs
@@ -164,7 +165,8 @@ def make_adapter(model: Path, folder: Path, seed: int) -> Path:
     config = LoraConfig(
         task_type="CAUSAL_LM", r=ADAPTER["rank"], lora_alpha=ADAPTER["alpha"], target_modules="all-linear"
     )
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
+    with quiet_libraries():
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
     return folder
 
 

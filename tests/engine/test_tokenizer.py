@@ -258,3 +258,29 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
     except UserError as error:
         assert error.code == "model.no_tokenizer"
     assert not ran.exists()
+
+
+# -- turn marks of a built-in template ---------------------------------------------------------------------------------
+
+
+def plain(*known: str) -> PreTrainedTokenizerFast:
+    tokens = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *known]
+    rust = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="</s>", additional_special_tokens=list(known))
+
+
+@pytest.mark.parametrize(
+    ("known", "added"), [((), (257, 258)), (("<|im_end|>",), (258,)), (("<|im_start|>", "<|im_end|>"), ())]
+)
+def test_turn_marks_that_a_tokenizer_lacks_become_tokens(known: tuple[str, ...], added: tuple[int, ...]) -> None:
+    own = plain(*known)
+    assert HfChatTokenizer(own, None).added_ids == () and len(own) == 257 + len(known)
+    tokenizer = HfChatTokenizer(own, "chatml")
+    assert tokenizer.added_ids == added and len(own) == 259
+    encoding = tokenizer.encode(tokenizer.render(MESSAGES, None, False).text)
+    ends = [number for number in encoding.ids if own.convert_ids_to_tokens(number) == "<|im_end|>"]
+    assert len(ends) == len(MESSAGES), "one token for each end of a turn"
+    assert "<|im_end|>" not in own.decode(encoding.ids, skip_special_tokens=True)
+    assert HfChatTokenizer(own, "chatml").added_ids == (), "nothing is added twice"

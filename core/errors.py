@@ -78,6 +78,11 @@ TEXTS: dict[str, str] = {
         "data.max_length {max_length} is above the model's context of {context_length} tokens; "
         "set at most {context_length}"
     ),
+    "plan.compile_on_cpu": N_(
+        "on a CPU compiled layers take minutes before the first step and are no faster after it; "
+        "set compute.compile to false"
+    ),
+    "plan.flex_on_cpu": N_("flex_attention has no backward pass on a CPU; choose auto or flash in compute.attention"),
     "plan.overlong": N_(
         "{num_dropped} of {num_samples} samples are longer than data.max_length {max_length} and would be dropped, "
         "with {share} of the trained tokens; raise data.max_length (the longest sample has {longest} tokens), "
@@ -114,7 +119,14 @@ TEXTS: dict[str, str] = {
     "warmup.steps": N_("as given, of {total_steps} steps"),
     # -- auto: what it became and why ----------------------------------------------------------------------------
     "auto.attention_cpu": N_("on a CPU, PyTorch's own flash kernel runs once for each sample: exact, O(N) memory"),
-    "auto.attention_gpu": N_("PyTorch's own flash kernel runs once for each sample: exact, O(N) memory"),
+    "auto.attention_gpu": N_(
+        "PyTorch's own flash attention takes all samples of a row in one call: exact, O(N) memory; "
+        "tried on the model when the job starts"
+    ),
+    "auto.attention_gpu_one_by_one": N_(
+        "in {dtype} on {device} there is no flash kernel for many samples in one call, so PyTorch's fused kernel "
+        "runs once for each sample: exact, O(N) memory"
+    ),
     "auto.checkpointing_needed": N_(
         "without, an estimated {otherwise} would be needed of a device's {available}; with it {needed}, for about a "
         "third more compute"
@@ -168,6 +180,13 @@ TEXTS: dict[str, str] = {
     ),
     "engine.adapter_unfit": N_(
         "the adapter to start from does not fit this model: {problem}; name an adapter of the same base model"
+    ),
+    "engine.compile_sharded": N_(
+        "compiled layers are unproven where ZeRO-3 gathers their weights; "
+        "set compute.compile to false, or parallel.zero_stage to at most 2"
+    ),
+    "engine.no_layers": N_(
+        "this model's layers cannot be told apart, so none can be compiled; set compute.compile to false"
     ),
     "engine.attention_refused": N_("{problem}; choose auto, which takes what runs on this model and says so"),
     "engine.fused_experts": N_(
@@ -252,7 +271,8 @@ TEXTS: dict[str, str] = {
     "merge.out_exists": N_("{folder} exists already; name a new folder"),
     # -- train: pegbox train by hand -----------------------------------------------------------------------------
     "train.data_is_no_path": N_(
-        "{name} is not a file in {folder}; pegbox train takes the path of a JSONL or JSON file as data set"
+        "{name} is not a file in {folder}; pegbox train takes a path (JSONL, JSON, CSV, Parquet) or hf:ORG/NAME as "
+        "data set"
     ),
     "train.foreign_directory": N_("{out} holds files that are not a fine-tune's; choose an empty or a new folder"),
     "train.no_adapter": N_(
@@ -260,7 +280,9 @@ TEXTS: dict[str, str] = {
         "adapter_model.safetensors"
     ),
     "train.no_out": N_("--out is missing; name the folder for checkpoints and result"),
-    "train.no_data_file": N_("there is no file {name} (seen from {folder}); give the path of a JSONL or JSON file"),
+    "train.no_data_file": N_(
+        "there is no file {name} (seen from {folder}); give the path of a file of JSONL, JSON, CSV or Parquet"
+    ),
     "train.no_model": N_("there is no model {name} below {looked}; give a folder with config.json and safetensors"),
     "train.other_spec": N_(
         "{out} was begun with another spec; choose another --out, or start it over with --fresh (its checkpoints go)"

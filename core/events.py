@@ -78,6 +78,7 @@ class Plan(BaseEvent):
     trainable_by_kind: dict[str, int] = {}  # parameters by the last name of their layer: q_proj, experts, ...
     weight_bytes: dict[str, int] = {}  # what the weights take, by the type that they lie in: nf4, bfloat16, float32
     attention: str
+    attention_reason: str = ""
     counts: dict[str, int]  # every row of the data under what became of it
     choices: tuple[Choice, ...] = ()
 

@@ -26,7 +26,7 @@ from core.layout import (
 )
 from core.packing import BatchBy, PlanSettings, RunPlan, SampleSet, Segment, Step, plan_run
 from core.placement import LargestPass, largest_pass, place
-from core.presets import auto_attention, auto_dtype, auto_learning_rate
+from core.presets import auto_attention, auto_dtype, auto_learning_rate, refuse_what_only_gpus_do
 from core.profile import DataProfile, ModelProfile
 from core.schedule import Schedule, curve, resolve_warmup_steps
 from core.selection import Selection, choice, select
@@ -271,6 +271,7 @@ def _resolve(
     largest: LargestPass,
 ) -> tuple[JobSpec, tuple[Choice, ...]]:
     """Every `auto` that the samples don't decide."""
+    refuse_what_only_gpus_do(spec.compute, device)
     choices: list[Choice] = []
 
     def auto(field: str, given: object, value: str | int | float | bool, reason: Reason) -> object:
@@ -285,7 +286,7 @@ def _resolve(
         *auto_learning_rate(spec.method, model.num_parameters),
     )
     dtype = auto("compute.dtype", spec.compute.dtype, *auto_dtype(device))
-    attention = auto("compute.attention", spec.compute.attention, *auto_attention(device))
+    attention = auto("compute.attention", spec.compute.attention, *auto_attention(device, str(dtype)))
     placement = place(spec, model.shape, device, largest, dtype=str(dtype), attention=str(attention))
 
     def placed(field: str, given: object, value: str | int | bool) -> object:

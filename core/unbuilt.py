@@ -19,8 +19,6 @@ UNBUILT: tuple[tuple[str, Callable[[JobSpec], object], frozenset[object], str], 
         N_("choose auto or none"),
     ),
     ("compute.dtype", lambda s: s.compute.dtype, frozenset({"fp16"}), N_("choose bf16, fp32 or auto")),
-    ("compute.attention", lambda s: s.compute.attention, frozenset({"flex"}), N_("choose auto, flash, sdpa or eager")),
-    ("compute.compile", lambda s: s.compute.compile, frozenset({True}), N_("set it to false")),
 )
 
 # The same for a form, which shows these choices as not yet to be had.

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from core.errors import UserError
 from tests.engine import tiny
@@ -123,3 +124,29 @@ def test_a_head_that_is_more_than_config_says_falls_back_to_the_models_own_forwa
     loss, gradient = tiny.gradients(model, tiny.step_of(tiny.some_samples()))
     split_loss, split = tiny.gradients(model, tiny.step_of(tiny.some_samples(), "padded", 60, 4))
     assert loss == pytest.approx(split_loss, rel=1e-5) and tiny.difference(gradient, split) < 1e-5
+
+
+# Dynamo looks at it to see whether it is there, and means to hide what that says.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_layers_compute_the_same(tmp_path: Path) -> None:
+    method, compute = {"type": "lora", "rank": 4}, {"gradient_checkpointing": True}
+    model = tiny.load(tiny.save_base(tmp_path, num_hidden_layers=1), method=method, compute=compute)
+    steps = [tiny.step_of(tiny.some_samples(count), "packed", 80, rows) for count, rows in ((5, 1), (8, 2))]
+    plain = [tiny.gradients(model, step) for step in steps]
+    counters.clear()
+    # Traced, cut and differentiated as on a GPU, but run by torch: what g++ would make takes minutes to make.
+    model.compile_layers(lambda code, text: None, backend="aot_eager")
+    for (loss, gradient), step in zip(plain, steps, strict=True):
+        compiled_loss, compiled = tiny.gradients(model, step)
+        assert compiled_loss == pytest.approx(loss, rel=1e-5) and tiny.difference(gradient, compiled) < 1e-5
+    assert counters["stats"]["unique_graphs"] >= 4, "compiled under checkpointing too"
+    (outside,) = counters["graph_break"]
+    assert "segmented_attention" in outside, "and nothing else"
+
+
+def test_a_model_whose_layers_cannot_be_told_apart_is_not_compiled(folder: Path) -> None:
+    model = tiny.load(folder, method={"type": "full"})
+    model.base._no_split_modules = None
+    with pytest.raises(UserError) as error:
+        model.compile_layers(lambda code, text: None, backend="aot_eager")
+    assert error.value.code == "engine.no_layers" and error.value.field == "compute.compile"

@@ -396,7 +396,7 @@ def _flex(device_type: str) -> Callable[..., Any]:
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention  # type: ignore[return-value]
 
 
-def register() -> None:
+def register(wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function) -> None:
     """Makes both known to transformers. A name without a mask function gets no mask, which is what we want."""
-    AttentionInterface.register(SEGMENTED, segmented_attention)
-    AttentionInterface.register(FLEX, flexible_attention)
+    AttentionInterface.register(SEGMENTED, wrap(segmented_attention))
+    AttentionInterface.register(FLEX, wrap(flexible_attention))

@@ -35,11 +35,11 @@ ATTENTIONS: tuple[Attention, ...] = ("flash", "sdpa", "eager")
 COSTLIEST_FIRST = ("plain", "sdpa", "flash_attn", "varlen", "flex")  # kernels of attention.py
 DENSE_COST = "it builds a mask of N x N for each row, so memory and time grow with the square of a row"
 
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 TRIAL_TOKENS = 12
 # Equal up to the order of sums, relative to the largest logit. A soft cap or scale that is missed is off by far more.
-HEAD_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+HEAD_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 Warn = Callable[[str, str], None]  # code, text
 
@@ -92,8 +92,8 @@ class LanguageModel:
         return [] if self._head is None else list(self._head.module.parameters())
 
     def autocast(self) -> AbstractContextManager[object]:
-        # Without its cache: a weight is used once a pass, and the copies of all would be kept until the pass is through,
-        # whole ones under checkpointing and ZeRO-3 too.
+        # Without its cache: a weight is used once a pass, and the copies of all would be kept until the pass is
+        # through, whole ones under checkpointing and ZeRO-3 too.
         is_mixed = self.dtype is not torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=is_mixed, cache_enabled=False)
 
@@ -188,19 +188,21 @@ class LanguageModel:
         return None
 
     def compile_layers(self, warn: Warn, backend: str = "inductor") -> None:
-        """torch.compile of each layer of the decoder, for batches of any shape. Attention stays outside of the graphs:
-        its kernels are compiled already, and its cuts differ from batch to batch. Raises UserError."""
+        """torch.compile of each part of the decoder's layers, for batches of any shape. Attention stays outside of the
+        graphs: its kernels are compiled already, and its cuts differ from batch to batch. Parts, not layers: of a layer
+        that recomputes its activations torch would compile nothing, and not say so. Raises UserError."""
         kinds = set(self.base._no_split_modules or ())
         layers = [module for module in self.base.modules() if type(module).__name__ in kinds]
         if not layers:
             raise UserError("engine.no_layers", "compute.compile")
         register(torch.compiler.disable)
         for layer in layers:
-            layer.compile(dynamic=True, backend=backend)
+            for part in layer.children():
+                part.compile(dynamic=True, backend=backend)
         warn(
             "compile",
-            f"{len(layers)} layers are compiled during the first steps, which takes minutes; a resumed run goes on as it "
-            "would have but for rounding, since compiled code depends on the shapes that it meets first",
+            f"{len(layers)} layers are compiled during the first steps, which takes minutes; a resumed run goes on as "
+            "it would have but for rounding, since compiled code depends on the shapes that it meets first",
         )
 
     def find_head(self, warn: Warn) -> None:

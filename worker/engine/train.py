@@ -253,6 +253,7 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
         **plan.plan_event(),
         **report_weights(model.model).plan_event(),
         "attention": model.attention,
+        "attention_reason": model.attention_reason,
     }
     emitter.emit(events.Plan, **run.plan_fields)
 

@@ -159,7 +159,9 @@ class Model(Part):
 
 
 class TrainingSet(Part):
-    dataset: Name = knob(..., "Data set", N_("Name, or name@version; pegbox train takes a file path."), group="Data")
+    dataset: Name = knob(
+        ..., "Data set", N_("Name, or name@version; pegbox train takes a file path or hf:ORG/NAME."), group="Data"
+    )
     weight: Annotated[Real, Field(gt=0, le=1000)] = knob(
         1.0,
         "Weight",

@@ -117,7 +117,7 @@ def test_a_finished_directory_is_found_finished(spec: JobSpec, model_root: Path,
     [
         ({"model": {"base": "team/huge"}}, "model.base", "team/huge"),
         ({"data": {"train": [{"dataset": "./none.jsonl"}]}}, "data.train", "no file ./none.jsonl"),
-        ({"data": {"train": [{"dataset": "alpaca"}]}}, "data.train", "takes the path"),
+        ({"data": {"train": [{"dataset": "alpaca"}]}}, "data.train", "takes a path"),
     ],
 )
 def test_what_is_missing_is_named(

@@ -54,7 +54,6 @@ def fetch_hub_dataset(name: str, wanted: HubDataset, folder: Path, commit: str |
 
 def _load(name: str, wanted: HubDataset, revision: str | None) -> Any:
     import datasets
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
     datasets.disable_progress_bars()
@@ -62,7 +61,7 @@ def _load(name: str, wanted: HubDataset, revision: str | None) -> Any:
         return datasets.load_dataset(wanted.repository, wanted.config, split=wanted.split, revision=revision)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError("hub.unknown", "data.train", name=name, problem=_first_line(error)) from error
-    except (ConnectionError, httpx.HTTPError, HfHubHTTPError) as error:
+    except (ConnectionError, HfHubHTTPError) as error:
         raise UserError("hub.unreachable", "data.train", name=name, problem=_first_line(error)) from error
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         # No such configuration or split (the library lists those that there are), no file that it can read, ...

@@ -22,6 +22,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -140,8 +141,7 @@ class HfChatTokenizer:
 
     @property
     def has_generation_marks(self) -> bool:
-        templates = (self._template, self._template_with_tools)
-        return all(template is not None and GENERATION_MARK.search(template) for template in templates)
+        return all(_is_marked(template) for template in (self._template, self._template_with_tools))
 
     @property
     def bos_id(self) -> int | None:
@@ -173,7 +173,7 @@ class HfChatTokenizer:
     ) -> Rendering:
         template = self._template_with_tools if tools else self._template
         assert template is not None, "has_template is asked first"
-        is_marked = GENERATION_MARK.search(template) is not None
+        is_marked = _is_marked(template)
         try:
             with self._guard():
                 (text,), marks = render_jinja_template(
@@ -263,6 +263,11 @@ class HfEncoding:
 
     def is_special(self, index: int) -> bool:
         return self.ids[index] in self._special_ids
+
+
+@lru_cache(maxsize=8)  # asked for each rendering
+def _is_marked(template: str | None) -> bool:
+    return template is not None and GENERATION_MARK.search(template) is not None
 
 
 def _with_parts(message: dict[str, object]) -> dict[str, object]:

@@ -27,7 +27,7 @@ of one length, L positions of a segment, W window.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
@@ -180,10 +180,12 @@ def choose_kernel(heads: Heads, asked: Asked) -> Kernel:
     if obstacle is None:
         if not (asked.changes_scores or asked.dropout) and (asked.window is None or "window_size" in VARLEN_KNOWS):
             return Kernel(
-                "varlen", "PyTorch's own flash attention takes all samples of a micro-batch in one call", _varlen
+                "varlen",
+                "PyTorch's own flash attention takes all samples of a micro-batch in one call",
+                take_all_at_once,
             )
-        package = flash_package()
-        if package is not None and package.computes(asked):
+        package = next((package for package in flash_packages().values() if package.computes(asked)), None)
+        if package is not None:
             reason = "the flash-attn package takes all samples of a micro-batch in one call"
             return Kernel("flash_attn", reason, package.run)
         obstacle = f"no flash kernel here computes {asked.beside_the_usual()}"
@@ -218,7 +220,7 @@ def _flash_obstacle(heads: Heads) -> str | None:
 # -- all segments in one call: CUDA only -----------------------------------------------------------------------------
 
 
-def _varlen(heads_THD: Heads, segments: Segments, asked: Asked) -> Tensor:
+def take_all_at_once(heads_THD: Heads, segments: Segments, asked: Asked) -> Tensor:
     assert not asked.changes_scores and not asked.dropout
     named: dict[str, Any] = {}
     if "window_size" in VARLEN_KNOWS:
@@ -276,15 +278,16 @@ class FlashPackage:
 
 
 @cache
-def flash_package() -> FlashPackage | None:
-    """FlashAttention 3, whose package has another name, else FlashAttention 2; None where neither is installed."""
+def flash_packages() -> Mapping[str, FlashPackage]:
+    """Those that are installed, the newer first: FlashAttention 3, whose package has another name, and 2."""
+    found = {}
     for name in ("flash_attn_interface", "flash_attn"):
         try:
             function = importlib.import_module(name).flash_attn_varlen_func
         except ImportError:
             continue
-        return FlashPackage(function, frozenset(signature(function).parameters))
-    return None
+        found[name] = FlashPackage(function, frozenset(signature(function).parameters))
+    return found
 
 
 # -- a call for each segment -----------------------------------------------------------------------------------------

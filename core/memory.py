@@ -17,6 +17,7 @@ from typing import Literal
 from core.architecture import Architecture
 from core.errors import N_
 from core.spec import Adapter, AnyMethod
+from core.zero import BUCKET_ELEMENTS
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 Offload = Literal["none", "optimizer", "optimizer_and_params"]
@@ -43,9 +44,8 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 CHUNK_LOGITS_BYTES = {"cpu": 32 << 20, "gpu": 256 << 20}
 # CUDA's context, cuBLAS' workspaces and their like; on a CPU torch and its libraries (436 MiB, measured).
 PROCESS_BYTES = {"cpu": 450 << 20, "gpu": 1200 << 20}
-# Of core.zero's configuration: stage3_max_live_parameters, and the values of a bucket, of which two are under way.
+# core.zero's stage3_max_live_parameters.
 MOST_LIVE_VALUES = 1_000_000_000
-BUCKET_VALUES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def _gathered(load: Load, counts: Counts, whole: int) -> int:
         return 0
     if load.zero_stage == 0:
         return 2 * min(FP32 * counts.trained, 32 << 20)  # worker.engine.gradient_sum
-    buckets = 2 * FP32 * min(counts.trained, BUCKET_VALUES)
+    buckets = 2 * FP32 * min(counts.trained, BUCKET_ELEMENTS)  # two are under way
     if load.zero_stage < 3:
         return buckets
     return buckets + round(whole * min(1.0, MOST_LIVE_VALUES / counts.total))

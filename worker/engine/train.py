@@ -70,6 +70,7 @@ from worker.engine.records import SampleRecords
 from worker.engine.result import end_of_turn, save_result, stop_ids
 from worker.engine.signals import Signals, Stopped
 from worker.engine.tokenizer import HfChatTokenizer
+from worker.engine.utilisation import Utilisation, peak_flops
 from worker.engine.weights import report_weights
 from worker.engine.zero import Shards, cut_as_read, stepping_on_the_cpu
 from worker.job_directory import EXIT_CODES, Inputs, OutcomeFile, Trial, write_atomically, write_json
@@ -163,6 +164,7 @@ class Ready:
     context_length: int  # tokens
     threads: int
     ranks: Ranks
+    utilisation: Utilisation
 
     @property
     def spec(self) -> JobSpec:
@@ -259,7 +261,13 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
 
     trained_end = end_of_turn(corpus, plan.selection.train.sample_ids.tolist(), tokenizer.tokenizer)
     ends = stop_ids(model, tokenizer.tokenizer, trained_end)
-    ready = Ready(plan, model, learner, corpus, tokenizer, ends, profile.context_length, threads, ranks)
+    utilisation = Utilisation(
+        profile.shape,
+        None if plan.spec.method.type == "full" else run.plan_fields["trainable_parameters"],
+        peak_flops(device_facts, plan.spec.compute.dtype),
+        ranks.size,
+    )
+    ready = Ready(plan, model, learner, corpus, tokenizer, ends, profile.context_length, threads, ranks, utilisation)
     if resumed:
         resume(run, ready, *resumed)
 
@@ -382,6 +390,7 @@ def make_steps(run: Run, ready: Ready) -> None:
                 memory_peak_bytes=made.memory_peak_bytes,
                 comm_bytes=made.comm_bytes,
                 sample_hash=digest,
+                mfu=ready.utilisation.of(work, made.seconds),
             )
             if not (np.isfinite(made.loss) and np.isfinite(made.grad_norm)):
                 raise Diverged(work.step, made.loss, made.grad_norm, learning_rate)

@@ -11,14 +11,6 @@ from core.spec import JobSpec
 # field, its value in a spec, values that are lacking, what to do instead
 UNBUILT: tuple[tuple[str, Callable[[JobSpec], object], frozenset[object], str], ...] = (
     ("model.source", lambda s: s.model.source, frozenset({"huggingface", "modelscope"}), N_("use a local model")),
-    ("parallel.zero_stage", lambda s: s.parallel.zero_stage, frozenset({1, 2, 3}), N_("choose auto or 0")),
-    (
-        "parallel.offload",
-        lambda s: s.parallel.offload,
-        frozenset({"optimizer", "optimizer_and_params"}),
-        N_("choose auto or none"),
-    ),
-    ("compute.dtype", lambda s: s.compute.dtype, frozenset({"fp16"}), N_("choose bf16, fp32 or auto")),
 )
 
 # The same for a form, which shows these choices as not yet to be had.
@@ -34,8 +26,6 @@ def unbuilt(spec: JobSpec) -> Iterator[UserError]:
     if spec.model.revision is not None:
         remedy = N_("leave it empty: a local model is recorded by the hash of its content")
         yield UserError("spec.not_built", "model.revision", value=spec.model.revision, remedy=remedy)
-    if spec.parallel.devices > 1:
-        yield UserError("spec.not_built", "parallel.devices", value=spec.parallel.devices, remedy=N_("set it to 1"))
 
 
 def refuse_unbuilt(spec: JobSpec) -> None:

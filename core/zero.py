@@ -68,8 +68,9 @@ def loading_config(spec: JobSpec, device_kind: DeviceKind) -> dict[str, Any]:
     }
 
 
-def refuse_unproven(spec: JobSpec) -> None:
-    """Raises UserError for what a stage cannot do, or has not been shown to do exactly."""
+def refuse_unproven(spec: JobSpec, *, has_tower: bool = False, num_new_tokens: int = 0) -> None:
+    """Raises UserError for what a stage cannot do, or has not been shown to do exactly. `has_tower`: parts of the model
+    are not text; `num_new_tokens`: the model gets rows that it was not saved with."""
     stage, offload = spec.parallel.zero_stage, spec.parallel.offload
     if not uses_deepspeed(spec):
         if offload in ("optimizer", "optimizer_and_params"):
@@ -77,6 +78,10 @@ def refuse_unproven(spec: JobSpec) -> None:
         return
     if stage == 3 and spec.method.type == "qlora":
         raise UserError("zero.qlora", "parallel.zero_stage")
+    if stage == 3 and has_tower:
+        raise UserError("zero.vision", "parallel.zero_stage")
+    if stage == 3 and num_new_tokens:
+        raise UserError("zero.new_tokens", "parallel.zero_stage", num_tokens=num_new_tokens)
     if spec.compute.dtype == "fp16":
         raise UserError("zero.fp16", "compute.dtype", stage=int(stage))
     if offload == "optimizer_and_params" and stage != 3:

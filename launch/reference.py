@@ -45,7 +45,6 @@ def page() -> str:
         values = ", ".join(sorted(str(value).lower() for value in lacking))
         parts.append(f"| `{key}` | {values} | {remedy} |\n")
     parts.append("| `model.revision` | any | leave it empty |\n")
-    parts.append("| `parallel.devices` | above 1 | set it to 1 |\n")
     return "".join(parts).rstrip() + "\n"
 
 

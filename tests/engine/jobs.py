@@ -19,7 +19,7 @@ from core.spec import parse_spec
 from tests.engine import tiny
 from worker.engine.emit import Emitter
 from worker.engine.train import main
-from worker.job_directory import InputFile, Inputs, OutcomeFile, write_json
+from worker.job_directory import InputFile, Inputs, OutcomeFile, Trial, write_json
 
 END = "<|im_end|>"
 
@@ -69,7 +69,16 @@ SPEC: dict[str, Any] = {
 }
 
 
-def make_job(directory: Path, model: Path, data: Path, /, *, resume: tuple[Path, ...] = (), **parts: Any) -> Path:
+def make_job(
+    directory: Path,
+    model: Path,
+    data: Path,
+    /,
+    *,
+    resume: tuple[Path, ...] = (),
+    trial: Trial | None = None,
+    **parts: Any,
+) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     spec = parse_spec({**SPEC, **parts})
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
@@ -79,6 +88,8 @@ def make_job(directory: Path, model: Path, data: Path, /, *, resume: tuple[Path,
         model_name="tests/tiny",
         data=tuple(InputFile(dataset=name, path=str(data), sha256=digest) for name in sorted(names)),
         resume=tuple(map(str, resume)),
+        ranks=spec.parallel.devices,
+        trial=trial,
         threads=1,
     )
     write_json(directory / "spec.json", spec)

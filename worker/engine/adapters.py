@@ -294,7 +294,8 @@ def is_tied(base: PreTrainedModel) -> bool:
     if head is None:
         return False
     first, second = (_trained_weight(layer) for layer in (base.get_input_embeddings(), head))
-    return first.data_ptr() == second.data_ptr()
+    # Under ZeRO-3 all lie nowhere.
+    return first is second or (first.numel() > 0 and first.data_ptr() == second.data_ptr())
 
 
 def _trained_weight(layer: nn.Module) -> nn.Parameter:

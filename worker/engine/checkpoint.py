@@ -43,6 +43,7 @@ from worker.engine.ranks import ALONE, Ranks
 from worker.job_directory import sync_folder
 
 WEIGHTS, OPTIMIZER, MANIFEST = "weights.safetensors", "optimizer.pt", "manifest.json"
+SCALING = "loss_scaling"  # in optimizer.pt, beside its own keys: of fp16
 MOST_TRIED = 3  # the newest and two older ones
 FREE_SPACE_FACTOR = 2.2  # the old one stands until the new one verifies, and the job's result wants room too
 
@@ -201,10 +202,15 @@ def _all_have_room(ranks: Ranks) -> Iterator[None]:
         raise problem or NoSpace("another rank had no room")
 
 
-def write_whole(folder: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Path]:
+def write_whole(
+    folder: Path,
+    weights: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaling: Mapping[str, Any] | None = None,
+) -> list[Path]:
     """What is trained and its moments, for a rank that holds all of it."""
     save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
-    torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+    torch.save({**optimizer.state_dict(), SCALING: scaling or {}}, folder / OPTIMIZER)
     return [folder / WEIGHTS, folder / OPTIMIZER]
 
 
@@ -384,12 +390,16 @@ def _by(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def load_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Its moments; the numbers of its groups (weight decay, betas) stay those of this job's spec."""
+def load_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its moments; the numbers of its groups (weight decay, betas) stay those of this job's spec. What stands there of
+    the loss scaling is returned."""
     given = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    scaling: dict[str, Any] = state.pop(SCALING, {})
+    optimizer.load_state_dict(state)
     for group, values in zip(optimizer.param_groups, given, strict=True):
         group.update(values)
+    return scaling
 
 
 # -- random numbers --------------------------------------------------------------------------------------------------

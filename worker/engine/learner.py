@@ -69,13 +69,16 @@ class Replica:
         self._ranks = ranks
         self._weights = list(model.trainable().values())
         self._sum = GradientSum(self._weights) if ranks.size > 1 else None
+        # Under fp16 gradients are made larger by a factor that grows until one overflows, a step that is then left out.
+        self._scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype is torch.float16)
+        self._one = torch.ones((), device=model.device)
 
     @property
     def checkpoint_bytes(self) -> int:
         return 3 * sum(weight.numel() * weight.element_size() for weight in self._weights)  # two moments each
 
     def backward(self, batch: Batch, num_targets: int, *, is_last: bool) -> Tensor:
-        part, losses_T = training_loss(self.model, batch, 1.0 / num_targets)
+        part, losses_T = training_loss(self.model, batch, self._scaler.scale(self._one) / num_targets)
         if is_last and self._sum is not None:
             with self._sum.as_they_come():
                 torch.autograd.backward(part)
@@ -89,8 +92,10 @@ class Replica:
         for weight in self._weights:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
+        self._scaler.unscale_(self.optimizer)
         norm = clip(self._weights, self._spec.optimizer.max_grad_norm)
-        self.optimizer.step()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -105,12 +110,14 @@ class Replica:
     def write(self, folder: Path) -> list[Path]:
         if not self._ranks.is_first:
             return []
-        return checkpoint.write_whole(folder, self.model.trainable(), self.optimizer)
+        return checkpoint.write_whole(folder, self.model.trainable(), self.optimizer, self._scaler.state_dict())
 
     def read(self, folder: Path, manifest: checkpoint.Manifest) -> None:
         self.read_weights(folder, manifest)
         if manifest.zero_stage == 0:
-            checkpoint.load_optimizer(folder / checkpoint.OPTIMIZER, self.optimizer)
+            scaling = checkpoint.load_optimizer(folder / checkpoint.OPTIMIZER, self.optimizer)
+            if scaling and self._scaler.is_enabled():
+                self._scaler.load_state_dict(scaling)
         elif manifest.has_whole_moments:
             with ExitStack() as stack:
                 saved = Pieces(folder, manifest, stack)

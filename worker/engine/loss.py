@@ -41,7 +41,7 @@ def backward(model: LanguageModel, batch: Batch, num_targets_of_step: int) -> Te
     return losses_T
 
 
-def training_loss(model: LanguageModel, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
+def training_loss(model: LanguageModel, batch: Batch, scale: Tensor | float) -> tuple[Tensor, Tensor]:
     """The micro-batch's part of the loss, times `scale`, ready for its backward pass; and its losses, one a target."""
     with model.autocast():
         features_TD = model.features(batch)
@@ -52,7 +52,9 @@ def training_loss(model: LanguageModel, batch: Batch, scale: float) -> tuple[Ten
     return part, losses_T
 
 
-def _in_chunks(features_TD: Tensor, model: LanguageModel, targets_T: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _in_chunks(
+    features_TD: Tensor, model: LanguageModel, targets_T: Tensor, scale: Tensor | float
+) -> tuple[Tensor, Tensor]:
     weights = [weight for weight in model.head_parameters() if weight.requires_grad]
     part, losses_T = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch
         model, targets_T, scale, features_TD, *weights
@@ -71,7 +73,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, model: LanguageModel, targets_T: Tensor, scale: float, features_TD: Tensor, *weights: nn.Parameter
+        ctx: Any,
+        model: LanguageModel,
+        targets_T: Tensor,
+        scale: Tensor | float,
+        features_TD: Tensor,
+        *weights: nn.Parameter,
     ) -> tuple[Tensor, Tensor]:
         losses: list[Tensor] = []
         wants_features = ctx.needs_input_grad[3]  # not where the head alone is trained

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -146,6 +147,8 @@ class Shards:
         self._order = [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
         self._shapes = {name: shape_of(weight) for name, weight in self._weights.items()}
         self._linear = F.linear
+        if not dist.is_initialized():  # a rank alone, which cuts nothing up but may offload
+            dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
         root = _Root(model)
         self._engine, *_ = deepspeed.initialize(
             model=root, optimizer=optimizer, config=config, dist_init_required=False

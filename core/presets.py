@@ -107,7 +107,7 @@ def auto_attention(device: Device, dtype: str) -> tuple[str, Reason]:
 
 def refuse_what_only_gpus_do(compute: Compute, device: Device) -> None:
     """torch has no gradient for flex_attention on a CPU. Compiled layers were tried there: exact, but after minutes of
-    g++ a step of demo/tiny-llama takes 2.98 s, against 2.86 s."""
+    g++ three steps of demo/tiny-llama take 2.98 s, against 2.86 s."""
     if device.kind == "cpu" and compute.attention == "flex":
         raise UserError("plan.flex_on_cpu", "compute.attention")
     if device.kind == "cpu" and compute.compile:

@@ -242,6 +242,14 @@ TEXTS: dict[str, str] = {
         "parallel.offload {offload} steps on the CPU with DeepSpeed's own Adam, which could not be compiled here "
         "({problem}); install g++ and ninja, or set parallel.offload to none"
     ),
+    "zero.expert_modules": N_(
+        "the experts of this model are modules of their own, which ranks would gather out of step under ZeRO stage 3; "
+        "choose parallel.zero_stage 2"
+    ),
+    "zero.experts": N_(
+        "adapters on experts that share one tensor cannot be laid where ZeRO stage 3 has cut it; choose "
+        "parallel.zero_stage 2"
+    ),
     "zero.fp16": N_(
         "fp16 needs its loss scaled, which is exact here without ZeRO alone; choose bf16 or fp32, or "
         "parallel.zero_stage 0 instead of {stage}"

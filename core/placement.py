@@ -18,8 +18,8 @@ from core.errors import Reason
 from core.memory import Load, MemoryPlan, Offload, estimate_memory
 from core.packing import PlanSettings
 from core.spec import Adapter, JobSpec
-from core.unbuilt import UNBUILT_VALUES
 from core.wire import Device
+from core.zero import Loaded, fault
 
 Stage = Literal[0, 1, 2, 3]
 Way = tuple[Stage, Offload, bool, MemoryPlan]  # the third: whether activations are recomputed
@@ -123,11 +123,7 @@ def _agrees(spec: JobSpec, stage: Stage, offload: Offload) -> bool:
 
 
 def _runs(spec: JobSpec, shape: Architecture, device: Device, stage: Stage, offload: Offload) -> bool:
-    if stage in UNBUILT_VALUES.get("parallel.zero_stage", ()) or offload in UNBUILT_VALUES.get("parallel.offload", ()):
-        return False
-    if stage == 3 and (spec.method.type == "qlora" or shape.parameters.other):  # core.zero refuses both
-        return False
-    if stage > 0 and spec.compute.dtype == "fp16":
+    if fault(spec, stage, offload, Loaded.of(shape)) is not None:
         return False
     # A CPU has nowhere to offload to, and only 32-bit AdamW steps on the host.
     return offload == "none" or (device.kind == "gpu" and spec.optimizer.name == "adamw")

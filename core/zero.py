@@ -8,12 +8,16 @@ arithmetic, exactly as without DeepSpeed, so a stage changes where numbers lie a
 business either: micro-batches of a step differ in number, and each is already divided by the step's tokens.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from core.architecture import Architecture
 from core.errors import UserError
 from core.spec import JobSpec
 
 DeviceKind = Literal["gpu", "cpu"]
+Stage = Literal[0, 1, 2, 3]
+Offload = Literal["none", "optimizer", "optimizer_and_params"]
 
 # Elements of a bucket, fp32: 64 MiB. DeepSpeed's 500 million allocate 2 GB before the first gradient.
 BUCKET_ELEMENTS = 1 << 24
@@ -68,21 +72,44 @@ def loading_config(spec: JobSpec, device_kind: DeviceKind) -> dict[str, Any]:
     }
 
 
-def refuse_unproven(spec: JobSpec, *, has_tower: bool = False, num_new_tokens: int = 0) -> None:
-    """Raises UserError for what a stage cannot do, or has not been shown to do exactly. `has_tower`: parts of the model
-    are not text; `num_new_tokens`: the model gets rows that it was not saved with."""
-    stage, offload = spec.parallel.zero_stage, spec.parallel.offload
-    if not uses_deepspeed(spec):
-        if offload in ("optimizer", "optimizer_and_params"):
-            raise UserError("zero.offload_stage", "parallel.offload", offload=offload)
-        return
-    if stage == 3 and spec.method.type == "qlora":
-        raise UserError("zero.qlora", "parallel.zero_stage")
-    if stage == 3 and has_tower:
-        raise UserError("zero.vision", "parallel.zero_stage")
-    if stage == 3 and num_new_tokens:
-        raise UserError("zero.new_tokens", "parallel.zero_stage", num_tokens=num_new_tokens)
+@dataclass(frozen=True)
+class Loaded:
+    """What of a model decides whether it can be cut up."""
+
+    has_tower: bool = False  # parts that are not text
+    has_experts: bool = False
+    num_new_tokens: int = 0  # rows that it was not saved with
+
+    @classmethod
+    def of(cls, shape: Architecture | None, num_new_tokens: int = 0) -> "Loaded":
+        if shape is None:
+            return cls(num_new_tokens=num_new_tokens)
+        return cls(shape.parameters.other > 0, shape.num_experts > 0, num_new_tokens)
+
+
+def fault(spec: JobSpec, stage: Stage, offload: Offload, model: Loaded) -> UserError | None:  # noqa: PLR0911 (a list)
+    """Why `spec` cannot run in this way, or has not been shown to be exact there; None where it can."""
+    if stage == 0:
+        return None if offload == "none" else UserError("zero.offload_stage", "parallel.offload", offload=offload)
     if spec.compute.dtype == "fp16":
-        raise UserError("zero.fp16", "compute.dtype", stage=int(stage))
-    if offload == "optimizer_and_params" and stage != 3:
-        raise UserError("zero.offload_params", "parallel.offload", stage=int(stage))
+        return UserError("zero.fp16", "compute.dtype", stage=stage)
+    if stage < 3:
+        is_possible = offload != "optimizer_and_params"
+        return None if is_possible else UserError("zero.offload_params", "parallel.offload", stage=stage)
+    if spec.method.type == "qlora":
+        return UserError("zero.qlora", "parallel.zero_stage")
+    if spec.method.type == "lora" and model.has_experts:
+        return UserError("zero.experts", "parallel.zero_stage")
+    if model.has_tower:
+        return UserError("zero.vision", "parallel.zero_stage")
+    if model.num_new_tokens:
+        return UserError("zero.new_tokens", "parallel.zero_stage", num_tokens=model.num_new_tokens)
+    return None
+
+
+def refuse_unproven(spec: JobSpec, model: Loaded) -> None:
+    """For a spec whose stage and offload are resolved. Raises what `fault` finds."""
+    assert spec.parallel.zero_stage != "auto" and spec.parallel.offload != "auto"
+    found = fault(spec, spec.parallel.zero_stage, spec.parallel.offload, model)
+    if found is not None:
+        raise found

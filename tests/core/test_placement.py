@@ -15,12 +15,6 @@ from tests.core.shapes import LLAMA_7B, LLAMA_70B
 LARGEST = LargestPass(tokens=4096, longest_row=4096, longest_sample=1024)
 
 
-@pytest.fixture(autouse=True)
-def every_stage_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this release lacks: what is tested is which way is taken of those that there are."""
-    monkeypatch.setattr(placement, "UNBUILT_VALUES", {})
-
-
 def gpu(gigabytes: float) -> Device:
     return Device(id="gpu0", kind="gpu", name="G", memory_bytes=round(gigabytes * 1e9), has_bf16=True)
 

@@ -63,7 +63,9 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(weight, other.weights[name])
 
 
-@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.rng_name(0), checkpoint.MANIFEST])
+@pytest.mark.parametrize(
+    "name", [checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.rng_name(0), checkpoint.MANIFEST]
+)
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_one_is_passed_over_for_an_older_one(tmp_path: Path, name: str, damage: str) -> None:
     run = Run()

@@ -23,7 +23,9 @@ def test_the_held_out_loss_weighs_every_token_and_leaves_no_trace(tmp_path: Path
     losses, hits = [], []
     for token_ids, trained in samples.contents:
         ids = torch.from_numpy(token_ids.astype("int64"))[None]
-        logits = model.base(input_ids=ids, use_cache=False, segments=Segments(((ids.shape[1],),), model.device)).logits[0, :-1]
+        logits = model.base(input_ids=ids, use_cache=False, segments=Segments(((ids.shape[1],),), model.device)).logits[
+            0, :-1
+        ]
         kept = torch.from_numpy(trained[1:])
         losses.append(F.cross_entropy(logits, ids[0, 1:], reduction="none")[kept].detach())
         hits.append((logits.argmax(-1) == ids[0, 1:])[kept])

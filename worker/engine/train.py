@@ -49,7 +49,7 @@ from core.schedule import lr_at
 from core.spec import JobSpec, batch_key, parse_spec
 from core.unbuilt import refuse_unbuilt
 from core.wire import MeasuredProfile
-from core.zero import refuse_unproven, uses_deepspeed
+from core.zero import Loaded, refuse_unproven, uses_deepspeed
 from worker.engine import checkpoint
 from worker.engine.batches import Ahead, StepBatch, make_batch, steps_from
 from worker.engine.checkpoint import Manifest, NoSpace, Progress
@@ -221,8 +221,7 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
 
     plan = plan_of(asked)
     run.spec = plan.spec
-    has_tower = profile.shape is not None and profile.shape.parameters.other > 0
-    refuse_unproven(plan.spec, has_tower=has_tower, num_new_tokens=len(tokenizer.added_ids))
+    refuse_unproven(plan.spec, Loaded.of(profile.shape, num_new_tokens=len(tokenizer.added_ids)))
     ranks.agree_on("the plan", plan_hash(plan))
     run.obey()
 

@@ -98,6 +98,10 @@ def stepping_on_the_cpu(optimizer: torch.optim.Optimizer, spec: JobSpec) -> torc
     return stepping
 
 
+def _is_list_of_experts(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and name.endswith("experts")
+
+
 class _Root(nn.Module):
     """Where every pass begins, so that hooks on a root see it begin and end."""
 
@@ -147,6 +151,9 @@ class Shards:
         self._order = [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
         self._shapes = {name: shape_of(weight) for name, weight in self._weights.items()}
         self._linear = F.linear
+        if self._stage == 3 and any(_is_list_of_experts(*each) for each in model.base.named_modules()):
+            # Ranks whose tokens meet other experts would gather other weights, and wait for each other for ever.
+            raise UserError("zero.expert_modules", "parallel.zero_stage")
         if not dist.is_initialized():  # a rank alone, which cuts nothing up but may offload
             dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
         root = _Root(model)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.memory import optimizer_state_bytes
 from core.spec import JobSpec
 from core.zero import deepspeed_config, loading_config
 from worker.engine import checkpoint
@@ -39,6 +40,8 @@ from worker.engine.loss import training_loss
 from worker.engine.model import LanguageModel
 from worker.engine.pieces import Piece, open_saved, write_pieces
 from worker.engine.ranks import Ranks
+
+OWN_LINEAR = F.linear  # before stage 3 puts its own in its place, which saves no copy of a weight for the backward pass
 
 
 def import_deepspeed() -> Any:
@@ -98,6 +101,21 @@ def stepping_on_the_cpu(optimizer: torch.optim.Optimizer, spec: JobSpec) -> torc
     return stepping
 
 
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Around what DeepSpeed warns of and is meant."""
+    logger = import_deepspeed().utils.logger
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(logging.WARNING)
+
+
 def _is_list_of_experts(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList) and name.endswith("experts")
 
@@ -150,16 +168,16 @@ class Shards:
         names = {id(weight): name for name, weight in self._weights.items()}
         self._order = [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
         self._shapes = {name: shape_of(weight) for name, weight in self._weights.items()}
-        self._linear = F.linear
         if self._stage == 3 and any(_is_list_of_experts(*each) for each in model.base.named_modules()):
             # Ranks whose tokens meet other experts would gather other weights, and wait for each other for ever.
             raise UserError("zero.expert_modules", "parallel.zero_stage")
         if not dist.is_initialized():  # a rank alone, which cuts nothing up but may offload
             dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
         root = _Root(model)
-        self._engine, *_ = deepspeed.initialize(
-            model=root, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        with _hushed():  # of optimizers that it has not tested, which ours is
+            self._engine, *_ = deepspeed.initialize(
+                model=root, optimizer=optimizer, config=config, dist_init_required=False
+            )
         if self._stage == 3:
             model.enter, model.enter_head = root, root.head_scope
             # An adapter on the head is a module in a module, with gathers of its own.
@@ -172,7 +190,7 @@ class Shards:
     def close(self) -> None:
         """Gives back what DeepSpeed has put in the place of torch's own."""
         self._engine.destroy()
-        F.linear = self._linear
+        F.linear = OWN_LINEAR
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -200,19 +218,17 @@ class Shards:
 
     def try_batch(self, batch: Batch) -> None:
         """With NaN for gradients: then DeepSpeed leaves the step out and clears away what it had summed up."""
-        logger = import_deepspeed().utils.logger
         held = None if self._optimizer.optimizer.state else self._hold_moments()
         self._backward(batch, torch.nan, is_last=True)
-        level = logger.level
-        logger.setLevel(logging.ERROR)
-        assert not torch.isfinite(self.update(0.0))
-        logger.setLevel(level)
+        with _hushed():
+            assert not torch.isfinite(self.update(0.0))
         del held
 
     def _hold_moments(self) -> Tensor:
         owned = sum(piece.count for piece in self._pieces())
         device = "cpu" if self._spec.parallel.offload != "none" else self.model.device
-        return torch.empty(2 * owned, dtype=torch.float32, device=device)
+        num_bytes = optimizer_state_bytes(owned, self._spec.optimizer.name)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -242,8 +258,16 @@ class Shards:
             return [path]
         # Moments in 8 bits share a scale by blocks of a rank's own part: they are of use to the same parts alone.
         own = folder / checkpoint.moments_name(self._ranks.rank)
-        torch.save(self._optimizer.optimizer.state_dict(), own)
+        torch.save([state.get(flat, {}) for flat in self._flats()], own)
         return [path, own]
+
+    def _flats(self) -> list[Tensor]:
+        """What the optimizer takes for weights: this rank's part of all of them, end to end, by group."""
+        is_cut = self._stage == 3
+        flats: list[Tensor] = (
+            self._optimizer.fp32_partitioned_groups_flat if is_cut else self._optimizer.single_partition_of_fp32_groups
+        )
+        return flats
 
     @property
     def _steps_by_element(self) -> bool:
@@ -261,7 +285,13 @@ class Shards:
             )
         self._take(folder, manifest, with_moments=self._steps_by_element)
         if not self._steps_by_element:
-            checkpoint.load_optimizer(folder / checkpoint.moments_name(self._ranks.rank), self._optimizer.optimizer)
+            saved = torch.load(
+                folder / checkpoint.moments_name(self._ranks.rank), map_location="cpu", weights_only=True
+            )
+            for flat, state in zip(self._flats(), saved, strict=True):
+                self._optimizer.optimizer.state[flat] = {
+                    key: _moved(value, flat.device) for key, value in state.items()
+                }
 
     def read_weights(self, folder: Path, manifest: checkpoint.Manifest) -> None:
         self._take(folder, manifest, with_moments=False)

@@ -1,5 +1,6 @@
 """The configuration for DeepSpeed, and what a stage refuses."""
 
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -75,3 +76,11 @@ def test_what_is_proven_is_not_refused() -> None:
         assert fault(spec_of(stage, method="qlora"), stage, "none", tower) is None  # type: ignore[arg-type]
     assert fault(spec_of(3), 3, "optimizer_and_params", Loaded(has_experts=True)) is None
     assert fault(spec_of(0, compute={"dtype": "fp16"}), 0, "none", Loaded()) is None
+
+
+def test_every_line_of_the_configuration_is_explained() -> None:
+    page = (Path(__file__).parents[2] / "docs/zero.md").read_text()
+    for spec in (spec_of(1), spec_of(2, "optimizer"), spec_of(3, "optimizer_and_params")):
+        config = deepspeed_config(spec, "gpu")
+        for key in (config.keys() | config["zero_optimization"].keys()) - {"zero_optimization"}:
+            assert f"`{key}" in page, key

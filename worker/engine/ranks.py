@@ -154,13 +154,23 @@ def joined(directory: Path) -> Iterator[Ranks]:
         return
     print_into(directory / f"rank-{rank}.log")
     faulthandler.register(signal.SIGUSR2, all_threads=True)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    dist.init_process_group(backend(), timeout=TIMEOUT)
     ranks = Ranks(rank, size, local_rank)
     ranks.traffic.watch()
     yield ranks
     # Not where it failed: with a peer gone or in the middle of something, taking leave may wait for ever.
     ranks.traffic.unwatch()
     dist.destroy_process_group()
+
+
+def backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def open_group_of_one(device: torch.device) -> None:
+    """For DeepSpeed, which wants a group, and the place that torchrun gives, from a process that is alone too."""
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    dist.init_process_group(backend(), store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
 
 
 def die_with_parent() -> None:

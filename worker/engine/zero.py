@@ -39,7 +39,7 @@ from worker.engine.libraries import tame_deepspeed
 from worker.engine.loss import training_loss
 from worker.engine.model import LanguageModel
 from worker.engine.pieces import Piece, open_saved, write_pieces
-from worker.engine.ranks import Ranks
+from worker.engine.ranks import Ranks, open_group_of_one
 
 OWN_LINEAR = F.linear  # before stage 3 puts its own in its place, which saves no copy of a weight for the backward pass
 
@@ -172,7 +172,7 @@ class Shards:
             # Ranks whose tokens meet other experts would gather other weights, and wait for each other for ever.
             raise UserError("zero.expert_modules", "parallel.zero_stage")
         if not dist.is_initialized():  # a rank alone, which cuts nothing up but may offload
-            dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+            open_group_of_one(model.device)
         root = _Root(model)
         with _hushed():  # of optimizers that it has not tested, which ours is
             self._engine, *_ = deepspeed.initialize(

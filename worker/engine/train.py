@@ -566,6 +566,12 @@ def resume(run: Run, ready: Ready, path: Path, manifest: Manifest) -> None:
     ready.learner.read(path, manifest)
     if manifest.world == ready.ranks.size:
         checkpoint.load_rng(path, ready.ranks.rank)
+    elif getattr(ready.spec.method, "dropout", 0) > 0:
+        run.emitter.warn(
+            "dropout",
+            f"the checkpoint was made on {manifest.world} rank(s) and this run has {ready.ranks.size}, so dropout is "
+            "drawn anew: a like run, but not the same",
+        )
     run.progress = progress
     run.saved_step = progress.step if path.parent == run.checkpoints.resolve() else 0
     log.info("resumed from %s", path)

@@ -34,9 +34,10 @@ demo: setup ## Train the built-in model on the built-in data, and stay up (ARGS=
 up: setup ## Start everything on this machine (ARGS="--port 8000 --data-dir ./data")
 	$(BIN)/pegbox up $(ARGS)
 
+# A file of tests stays in one process, two at a time: much of the time is spent waiting for real processes.
 test: setup ## Run every test (ARGS="tests/core -k packing")
 	@$(BIN)/python -m tests.chromium
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 check: setup ## Formatting, lints, types, the contracts between rooms
 	$(BIN)/ruff format --check --quiet .

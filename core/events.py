@@ -28,7 +28,8 @@ class BaseEvent(BaseModel):
 
 
 class Phase(BaseEvent):
-    """Where the job is: fetch, load_model, tokenise, plan, probe, longest_batch, train, evaluate, save_result, ..."""
+    """Where the job is: fetch, load_model, tokenise, plan, probe, longest_batch, train, evaluate, save_checkpoint,
+    save_result, ..."""
 
     kind: Literal["phase"] = "phase"
     name: str

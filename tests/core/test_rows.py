@@ -219,8 +219,8 @@ def test_an_element_without_an_end_is_refused_at_the_limit_and_ends_the_reading(
     [
         (b"PK\x03\x04", "zip"),
         (b"ARROW1\x00", "Arrow"),
-        (gzip.compress(b"BZh"), "bzip2"),
-        (gzip.compress(gzip.compress(b"{}")), "gzip within gzip"),
+        (gzip.compress(b"BZh", mtime=0), "bzip2"),
+        (gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), "gzip within gzip"),
     ],
 )
 def test_a_kind_that_is_not_read_is_refused_by_name(start, kind):
@@ -229,7 +229,7 @@ def test_a_kind_that_is_not_read_is_refused_by_name(start, kind):
     assert caught.value.code == "data.kind_not_built"
 
 
-@pytest.mark.parametrize("start", [b"hello world\n", b"\xff\xfe{\x00", b"\x89PNG", gzip.compress(b"<html>")])
+@pytest.mark.parametrize("start", [b"hello world\n", b"\xff\xfe{\x00", b"\x89PNG", gzip.compress(b"<html>", mtime=0)])
 def test_what_is_nothing_that_is_read_is_refused_with_how_it_begins(start):
     with pytest.raises(UserError, match="CSV with a header") as caught:
         list(read_rows([start]))
@@ -251,7 +251,7 @@ def test_what_is_nothing_that_is_read_is_refused_with_how_it_begins(start):
 )
 def test_a_kind_is_told_by_its_content_packed_or_not(content, kind):
     assert str(detect_type(content)) == kind
-    assert str(detect_type(gzip.compress(content))) == f"{kind}.gz"
+    assert str(detect_type(gzip.compress(content, mtime=0))) == f"{kind}.gz"
     # Only the beginning of a packed file is seen.
     assert detect_type(gzip.compress(content + b" " * 3_000_000 + bytes(range(256)) * 20)[:2000]).kind == kind
 
@@ -349,14 +349,14 @@ def test_columns_without_a_name_of_their_own_are_refused(header, code):
 def test_a_packed_file_has_the_same_rows(rows, size, level):
     content = b"\n".join(json.dumps(row).encode() for row in rows)
     half = len(content) // 2
-    members = gzip.compress(content[:half], level) + gzip.compress(content[half:], level) + b"\0" * 7
+    members = gzip.compress(content[:half], level, mtime=0) + gzip.compress(content[half:], level, mtime=0) + b"\0" * 7
     assert values(members, size) == rows
 
 
 def test_a_torn_or_damaged_packed_file_keeps_the_rows_before_and_says_so():
     noise = "".join(chr(97 + number * number % 23) for number in range(200))
     content = b"".join(b'{"text": "%d %s"}\n' % (number, noise.encode()) for number in range(5000))
-    packed = gzip.compress(content)
+    packed = gzip.compress(content, mtime=0)
     # Cut in the middle, within the checksum, and a byte turned over.
     damaged = bytearray(packed)
     damaged[-3] ^= 255
@@ -371,12 +371,12 @@ def test_a_torn_or_damaged_packed_file_keeps_the_rows_before_and_says_so():
 
 def test_a_bomb_is_refused_as_soon_as_it_is_known(monkeypatch):
     monkeypatch.setattr(rows_module, "FREE_EXPANSION_BYTES", 2**20)
-    bomb = gzip.compress(b'{"text": "' + b"a" * 20 * 2**20)
+    bomb = gzip.compress(b'{"text": "' + b"a" * 20 * 2**20, mtime=0)
     with pytest.raises(UserError, match="200 times as many") as caught:
         list(read_rows([bomb]))
     assert caught.value.code == "data.gzip_expands"
     assert caught.value.parameters["unpacked"] < 200 * len(bomb) + 2**21
-    assert sum(map(len, unpack_gzip([gzip.compress(bytes(2**20))]))) == 2**20
+    assert sum(map(len, unpack_gzip([gzip.compress(bytes(2**20), mtime=0)]))) == 2**20
 
 
 def test_each_column_that_a_format_knows_marks_a_table():

@@ -68,7 +68,8 @@ def test_a_lora_run_tells_what_it_does_and_hands_out_an_adapter(finished: Path, 
     assert jobs.outcome_of(finished).code == 0
     told = jobs.events_of(finished)
     phases = list(dict.fromkeys(event["name"] for event in told if event["kind"] == "phase"))
-    assert phases == ["tokenise", "plan", "load_model", "probe", "longest_batch", "train", "evaluate", "save_result"]
+    before = ["tokenise", "plan", "load_model", "probe", "longest_batch"]
+    assert phases == [*before, "train", "save_checkpoint", "evaluate", "save_result"]
     (plan,) = jobs.events_of(finished, "plan")
     steps = jobs.events_of(finished, "step")
     assert [step["step"] for step in steps] == list(range(1, plan["total_steps"] + 1)) == [1, 2, 3, 4, 5, 6]

@@ -659,6 +659,8 @@ def checkpoint_is_due(plan: JobPlan, step: int, wishes: Wishes) -> bool:
 def save_checkpoint(run: Run, ready: Ready, *, is_best: bool) -> None:
     """A save for want of space is put off, not fatal; the third in a row raises NoSpace."""
     run.saved_at = time.monotonic()  # also where it fails: the next try comes an interval later
+    # Named, so that a slow disk is not taken for a hang.
+    run.enter("save_checkpoint")
     try:
         path = checkpoint.save(
             run.checkpoints,
@@ -673,6 +675,7 @@ def save_checkpoint(run: Run, ready: Ready, *, is_best: bool) -> None:
         if run.failed_saves >= MOST_FAILED_SAVES:
             raise
         run.emitter.warn("disk_full", f"no checkpoint at step {run.progress.step}, training goes on: {error}")
+        run.enter("train", run.progress.step, ready.plan.total_steps)
         return
     run.failed_saves = 0
     run.saved_step = run.progress.step
@@ -682,6 +685,7 @@ def save_checkpoint(run: Run, ready: Ready, *, is_best: bool) -> None:
     relative = path.relative_to(run.directory).as_posix()
     run.emitter.emit(events.Checkpoint, step=run.progress.step, path=relative, bytes=manifest.bytes, best=is_best)
     checkpoint.prune(run.checkpoints, ready.spec.checkpoint.keep_last, ready.spec.checkpoint.keep_best)
+    run.enter("train", run.progress.step, ready.plan.total_steps)
 
 
 def take_best_weights(run: Run, learner: Learner) -> bool:

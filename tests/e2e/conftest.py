@@ -18,14 +18,15 @@ CHROMIUM_ARGUMENTS = [
 ]
 
 
-@pytest.fixture(scope="session")
+# Of this package alone: Playwright keeps an event loop in the thread, in which other tests then can't start theirs.
+@pytest.fixture(scope="package")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     folder: Path = tmp_path_factory.mktemp("house")
     with running_house(folder / "data", folder / "models") as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     path = find()
     assert path, "chromium is missing: python -m tests.chromium"

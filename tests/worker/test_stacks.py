@@ -50,5 +50,5 @@ def test_a_real_dump_is_read(tmp_path: Path) -> None:
     done.set()
     thread.join()
     dump = (tmp_path / "dump").read_text()
-    assert dump.count("most recent call first") == 2
+    assert dump.count("most recent call first") >= 2  # a test runner may have threads of its own
     assert innermost_calls(dump.splitlines()).startswith("test_a_real_dump_is_read (test_stacks.py:")

@@ -55,7 +55,9 @@ class Head:
     def __call__(self, hidden_TD: Tensor) -> Tensor:
         # Not module(...): on that ZeRO-3 hangs a gather and a release, and ranks have unequal numbers of chunks;
         # `enter_head` gathers it once for all of them.
-        logits_TV: Tensor = self.module.forward(hidden_TD) * self.scale
+        logits_TV: Tensor = self.module.forward(hidden_TD)
+        if self.scale != 1.0:  # a pass over all logits, and one more on the way back
+            logits_TV = logits_TV * self.scale
         return logits_TV if self.softcap is None else self.softcap * torch.tanh(logits_TV / self.softcap)
 
 

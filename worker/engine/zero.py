@@ -54,7 +54,7 @@ def import_deepspeed() -> Any:
     # It calls some of torch 2.13's collectives by their older names.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     for handler in deepspeed.utils.logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:  # its own, not one of a kind that somebody else has hung there
             handler.setStream(sys.stderr)
     deepspeed.utils.logger.setLevel(logging.WARNING)
     return deepspeed

@@ -150,7 +150,8 @@ def write_certificate(certificate: Certificate, as_: str) -> None:
     if as_ == "json":
         sys.stdout.write(json.dumps(as_json(certificate), indent=1) + "\n")
         return
-    console = Console(highlight=False)
+    # rich takes a pipe for a terminal of 80 columns, in which the numbers would be cut off.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     table = Table(title=f"{certificate.steps} steps in {certificate.dtype}, beside {ALONE} (fp32, eager, one device)")
     table.add_column("layout", no_wrap=True)
     for column in ("ranks", "slots", "in a row", "loss", "norm", "allowed"):

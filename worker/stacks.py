@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 
-_THREAD = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):$")
+# Not at a line's start alone: the signal may come between a text and its line end.
+_THREAD = re.compile(r"(?P<kind>Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):$")
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$')
 _FRAMES_SHOWN = 3
 
@@ -20,8 +21,8 @@ def innermost_calls(printed: Iterable[str]) -> str:
     """The innermost calls in one rank's dump: `wait (work.py:12), called by ...`; "" where there is no dump."""
     threads: list[tuple[bool, list[str]]] = []
     for line in printed:
-        if _THREAD.match(line):
-            threads.append((line.startswith("Current"), []))
+        if thread := _THREAD.search(line):
+            threads.append((thread["kind"] == "Current thread", []))
         elif threads and (frame := _FRAME.match(line)):
             threads[-1][1].append(f"{frame['function']} ({PurePath(frame['file']).name}:{frame['line']})")
     # The last one where none is marked: faulthandler prints the main thread at the end.

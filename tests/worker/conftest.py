@@ -104,7 +104,6 @@ def make_host(tmp_path: Path) -> Iterator[Callable[[Ledger], Host]]:
             "relay_patience_s": 0.5,
             "stop_grace_s": 20.0,
             "poll_s": 0.02,
-            "stack_wait_s": 0.5,
             "http_timeout_s": 2.0,
         }
         settings = WorkerSettings(

@@ -40,6 +40,11 @@ def test_ranks_at_one_place_are_named_together() -> None:
     )
 
 
+def test_a_dump_that_begins_within_a_line_is_read() -> None:
+    dump = ["still hereCurrent thread 0x1 (most recent call first):", '  File "/a/data.py", line 7 in read']
+    assert innermost_calls(dump) == "read (data.py:7)"
+
+
 def test_a_real_dump_is_read(tmp_path: Path) -> None:
     """With a second thread, so that there is a choice."""
     done = threading.Event()

@@ -288,6 +288,7 @@ def test_output_is_a_sign_of_life_only_while_no_steps_are_made(make_host: Callab
     host.wait_for_finish(entry)
     assert entry.finish.reason == "hang"
     assert entry.steps() == [1, 2, 3]
+    assert "in misbehave" in entry.finish.text
 
 
 def with_two_ranks(host: Host, notes: str) -> tuple[LedgerAttempt, Path]:

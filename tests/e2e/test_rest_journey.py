@@ -115,9 +115,9 @@ def test_kills_under_a_running_job_leave_the_curve_that_an_undisturbed_one_has(h
     house.wait_until_ready()
     assert trainer.is_running(), "training was not disturbed"
 
+    address = _redis_url(house)
     for process in [*house.matching(r"pegbox worker"), *house.matching(r"worker\.celery_app")]:
         process.send_signal(signal.SIGKILL)
-    address = _redis_url(house)
     with redis.Redis.from_url(address) as client:
         client.flushall()
     house.wait_for_step(job, 60)

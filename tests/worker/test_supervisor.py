@@ -88,8 +88,7 @@ def test_a_claim_that_is_refused_leaves_no_directory(host: Host) -> None:
 
 def test_a_killed_trainer_is_lost_and_leaves_nothing_behind(host: Host) -> None:
     entry, directory = host.start("steps=10000 at=3 then=grandchild")
-    wait_until(lambda: entry.acked_seq > 5)
-    assert len(marked(mark_of(entry.ref))) == 2, "the trainer and its grandchild"
+    wait_until(lambda: len(marked(mark_of(entry.ref))) == 2)  # the trainer and its grandchild
     os.kill(trainer_pid(directory), signal.SIGKILL)
     host.wait_for_finish(entry)
     assert entry.finish.outcome == Outcome.LOST
@@ -102,7 +101,7 @@ def test_a_killed_trainer_is_lost_and_leaves_nothing_behind(host: Host) -> None:
 def test_a_killed_supervisor_takes_its_trainer_along_and_the_agent_reports_it_lost(host: Host) -> None:
     entry, directory = host.start("steps=10000 at=3 then=grandchild")
     pid = trainer_pid(directory)
-    wait_until(lambda: entry.acked_seq > 5)
+    wait_until(lambda: entry.acked_seq > 5 and len(marked(mark_of(entry.ref))) == 2)
     os.kill(host.supervisor_pid(), signal.SIGKILL)
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
     assert not live_attempts(host.settings)
@@ -327,8 +326,8 @@ def test_ranks_share_a_slot_print_each_and_are_told_all(host: Host) -> None:
 
 def test_one_killed_rank_ends_all_and_is_named(host: Host) -> None:
     entry, directory = with_two_ranks(host, "steps=100000 at=2 then=grandchild")
-    wait_until(lambda: len(entry.steps()) > 3)
-    assert len(marked(mark_of(entry.ref))) == 4, "torchrun, two ranks and a grandchild, which has RANK set, too"
+    # torchrun, two ranks and a grandchild, which has RANK set, too
+    wait_until(lambda: len(entry.steps()) > 3 and len(marked(mark_of(entry.ref))) == 4)
     os.kill(int((directory / "pid-1").read_text()), signal.SIGKILL)
     host.wait_for_finish(entry)
     assert json.loads((directory / "outcome.json").read_text())["code"] == 75, "rank 0 took torchrun's TERM for a stop"

@@ -20,6 +20,7 @@ from core.spec import Adapter, AnyMethod, JobSpec
 from worker.engine import attention
 from worker.engine.adapters import is_tied, with_adapters
 from worker.engine.libraries import tame_deepspeed
+from worker.engine.lora_linear import fuse
 from worker.engine.model import TORCH_DTYPES, LanguageModel, Warn, quiet_libraries
 from worker.engine.quantisation import keep_canonical, plan_quantisation
 
@@ -48,6 +49,8 @@ def load_model(
     model: PreTrainedModel | PeftModel = base
     if isinstance(spec.method, Adapter):
         model = with_adapters(base, spec.method, adapter_path, warn, new_token_ids)
+        if spec.parallel.zero_stage != 3 and not spec.compute.compile:
+            fuse(model)
     else:
         freeze_all_but_text(base, own_dtype(read_config(path)))
         _warn_of_routers(base, warn)

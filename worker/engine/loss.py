@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from worker.engine.batches import Batch
 from worker.engine.model import LanguageModel
 
-# Measured on one CPU thread with a vocabulary of 32,000: 256 rows (32 MiB) are fastest, forward and backward; 2,048
-# take 1.3x as long, 32 take 1.6x. A GPU wants larger matrices to be busy.
+# Measured on one CPU thread: with a vocabulary of 32,000, 256 rows (32 MiB) are fastest, forward and backward; 2,048
+# take 1.3x as long, 32 take 1.6x. With one of 4,096, 1,024 rows are, and 2,048 take 1.3x as long. A GPU wants larger
+# matrices to be busy.
 CHUNK_LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+MOST_CHUNK_ROWS = {"cpu": 1024, "cuda": 1 << 20}
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    return max(1, CHUNK_LOGITS_BYTES[device.type] // (4 * vocabulary))
+    return max(1, min(MOST_CHUNK_ROWS[device.type], CHUNK_LOGITS_BYTES[device.type] // (4 * vocabulary)))
 
 
 def backward(model: LanguageModel, batch: Batch, num_targets_of_step: int) -> Tensor:
@@ -87,11 +89,12 @@ class _ChunkedLoss(torch.autograd.Function):
         start = 0
         for features_CD, targets_C in _chunks(model, features_TD, targets_T):
             leaf_CD = features_CD.detach().requires_grad_(wants_features)
-            with torch.enable_grad():
-                losses_C = _losses(leaf_CD, model, targets_C)
-                inputs = [leaf_CD, *weights] if wants_features else list(weights)
-                found = list(torch.autograd.grad(losses_C.sum() * scale, inputs, allow_unused=True))
-            losses.append(losses_C.detach())
+            with torch.enable_grad(), model.autocast():
+                logits_CV = model.logits(leaf_CD)
+            losses_C, gradient_CV = _losses_and_gradient(logits_CV.detach(), targets_C, scale)
+            inputs = [leaf_CD, *weights] if wants_features else list(weights)
+            found = list(torch.autograd.grad(logits_CV, inputs, gradient_CV.to(logits_CV.dtype), allow_unused=True))
+            losses.append(losses_C)
             if gradient_TD is not None:
                 gradient_TD[start : start + len(targets_C)] = found.pop(0)
             for place, gradient in enumerate(found):
@@ -109,6 +112,22 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # handed on, not kept until the decoder's pass is through
         scaled = (None if gradient is None else gradient.mul_(grad_of_part) for gradient in gradients)
         return None, None, None, *scaled
+
+
+def _losses_and_gradient(logits_CV: Tensor, targets_C: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Cross entropies in fp32, and the gradient of their sum times `scale`: (softmax - one-hot) scale.
+
+    One tensor beside the logits, changed where it lies: autograd would make four, and a pass over memory is what a
+    chunk's time goes to. The logits stay whole, since the way back through a soft cap may need them."""
+    highest_C1 = logits_CV.amax(dim=-1, keepdim=True).float()
+    places_C1 = targets_C[:, None]
+    at_target_C1 = logits_CV.gather(-1, places_C1).float() - highest_C1
+    work_CV = torch.sub(logits_CV.float(), highest_C1).exp_()
+    sums_C1 = work_CV.sum(dim=-1, keepdim=True)
+    losses_C = (sums_C1.log() - at_target_C1).squeeze(-1)
+    work_CV.mul_(scale / sums_C1)
+    work_CV.scatter_(-1, places_C1, work_CV.gather(-1, places_C1) - scale)
+    return losses_C, work_CV
 
 
 def _chunks(model: LanguageModel, features_TD: Tensor, targets_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,6 +22,7 @@ from core.spec import Adapter, JobSpec, parse_spec
 from worker.engine import attention
 from worker.engine.adapters import with_adapters
 from worker.engine.batches import Batch, of_tokens
+from worker.engine.lora_linear import fuse
 from worker.engine.loss import backward
 from worker.engine.model import ATTENTION_NAMES, TORCH_DTYPES, Head, LanguageModel, quiet_libraries
 from worker.engine.optimizer import make_optimizer
@@ -72,6 +73,7 @@ def simulate(config: PreTrainedConfig, spec: JobSpec, samples: list[int]) -> tup
         model = base
         if isinstance(spec.method, Adapter):
             model = with_adapters(base, spec.method, None, lambda *_: None)
+            fuse(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=CPU)
         base.tie_weights()

@@ -42,6 +42,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # As worker.engine.loss has it: logits of one chunk in fp32.
 CHUNK_LOGITS_BYTES = {"cpu": 32 << 20, "gpu": 256 << 20}
+MOST_CHUNK_ROWS = {"cpu": 1024, "gpu": 1 << 20}
 # CUDA's context, cuBLAS' workspaces and their like; on a CPU torch and its libraries (436 MiB, measured).
 PROCESS_BYTES = {"cpu": 450 << 20, "gpu": 1200 << 20}
 # core.zero's stage3_max_live_parameters.
@@ -190,7 +191,7 @@ def _passing(load: Load, counts: Counts) -> dict[Term, int]:
     is_full = not isinstance(load.method, Adapter)
     residual = FP32 if is_full else compute
     layer = activation_bytes(load)
-    casts = compute * counts.trained_matrices if load.dtype != "fp32" else 0
+    casts = compute * counts.trained_matrices if load.dtype != "fp32" and not is_fused(load) else 0
     around = load.tokens * shape.hidden_size * (FP32 + FP32 * is_full + 3 * residual)
     # The decoder's backward pass begins when all logits are through.
     working = max(_logits(load), _under_way(load)) + _held_by_head(load)
@@ -198,6 +199,13 @@ def _passing(load: Load, counts: Counts) -> dict[Term, int]:
         return {"activations": shape.num_layers * layer + around, "working": working, "casts": casts}
     kept = shape.num_layers * load.tokens * shape.hidden_size * residual + around
     return {"activations": kept + layer, "working": working, "casts": casts // shape.num_layers}
+
+
+def is_fused(load: Load) -> bool:
+    """Whether a layer and its adapter are one step of the graph, which keeps their input as it came: see
+    worker.engine.lora_linear. (Under torch.compile they are not, which is not looked at here.)"""
+    method = load.method
+    return method.type == "lora" and load.zero_stage != 3 and not method.dropout and not method.use_dora
 
 
 def activation_bytes(load: Load) -> int:
@@ -212,14 +220,14 @@ def activation_bytes(load: Load) -> int:
     # linear layers behind it: once, or cast by autocast for each of them.
     norm = FP32 + FP32 * is_full
     num_norms = shape.norms_per_layer or 2
-    inputs = c * (3 + 2) if is_cast else c * 2
+    inputs = c * (3 + 2) if is_cast and not is_fused(load) else c * 2
     by_token = h * (num_norms * norm + inputs)
     # Queries and keys after rotation, values, the output and the copy of it in which segments lie end to end.
     by_token += c * (q + k) + c * k + 2 * c * q
     if shape.has_query_norm:
         by_token += norm * (q + k)
     by_token += _mlp(shape, c)
-    if is_cast and not is_full:
+    if is_cast and not is_full and not is_fused(load):
         by_token += c * q  # the output projection's own cast, through the adapter's fp32
     return n * by_token + _scores(load)
 
@@ -262,12 +270,13 @@ def _scores(load: Load) -> int:
 
 
 def _logits(load: Load) -> int:
-    """Of one chunk: logits, their fp32 copy, log-probabilities and gradients."""
+    """Of one chunk: logits, what becomes their gradients in fp32, and where they are not in fp32 their copy that is."""
     shape = load.shape
     assert shape.vocabulary is not None
-    chunk = CHUNK_LOGITS_BYTES["gpu" if load.on_gpu else "cpu"] // (FP32 * shape.vocabulary)
+    device: Literal["gpu", "cpu"] = "gpu" if load.on_gpu else "cpu"
+    chunk = min(MOST_CHUNK_ROWS[device], CHUNK_LOGITS_BYTES[device] // (FP32 * shape.vocabulary))
     rows = min(max(1, chunk), load.tokens)
-    return rows * shape.vocabulary * (3 * FP32 + (2 * BYTES[load.dtype] if load.dtype != "fp32" else 0))
+    return rows * shape.vocabulary * (2 * FP32 + (BYTES[load.dtype] if load.dtype != "fp32" else 0))
 
 
 def _held_by_head(load: Load) -> int:

@@ -1,4 +1,5 @@
-"""The memory plan beside a simulated step: `python -m bench.memory [--layers N] [--tokens N] [--only TEXT]`.
+"""The memory plan beside a simulated step: `python -m bench.memory [--layers N] [--tokens N] [--only TEXT]`,
+or `--shapes` for published models of half a billion to seventy billion parameters.
 
 The engine's own passes run on fake tensors, which have shapes and no memory, while torch's tracker adds up what would
 be held; so a model of any size fits. Two micro-batches after a first step, whose moments are there by then: the moment
@@ -9,6 +10,7 @@ docs/memory.md.
 import argparse
 import itertools
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +30,24 @@ from worker.engine.model import ATTENTION_NAMES, TORCH_DTYPES, Head, LanguageMod
 from worker.engine.optimizer import make_optimizer
 
 CPU = torch.device("cpu")
+
+
+def _sizes(
+    hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int, vocabulary: int, **others: object
+) -> dict[str, object]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 131_072,
+        "tie_word_embeddings": False,
+        **others,
+    }
+
+
 # The shape of Llama 3.2 1B, with a vocabulary of 32,000 (its own of 128,256 hides everything else).
 LLAMA = {
     "hidden_size": 2048,
@@ -39,6 +59,22 @@ LLAMA = {
     "max_position_embeddings": 131_072,
     "tie_word_embeddings": True,
 }
+# As published, from half a billion to seventy billion parameters.
+SHAPES: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    "Qwen2 0.5B": ("qwen2", _sizes(896, 4864, 24, 14, 2, 151_936, tie_word_embeddings=True)),
+    "Llama 3.2 1B": ("llama", {**LLAMA, "num_hidden_layers": 16, "vocab_size": 128_256}),
+    "Qwen3 4B": ("qwen3", _sizes(2560, 9728, 36, 32, 8, 151_936, head_dim=128, tie_word_embeddings=True)),
+    "Qwen2 7B": ("qwen2", _sizes(3584, 18_944, 28, 28, 4, 152_064)),
+    "Mistral 7B": ("mistral", _sizes(4096, 14_336, 32, 32, 8, 32_000, sliding_window=4096)),
+    "Llama 3.1 8B": ("llama", _sizes(4096, 14_336, 32, 32, 8, 128_256)),
+    "Qwen3 30B-A3B": (
+        "qwen3_moe",
+        _sizes(2048, 6144, 48, 32, 4, 151_936, head_dim=128, moe_intermediate_size=768, num_experts=128)
+        | {"num_experts_per_tok": 8},
+    ),
+    "Llama 3.1 70B": ("llama", _sizes(8192, 28_672, 80, 64, 8, 128_256)),
+}
+WAYS = (("full", False), ("full", True), ("lora", False), ("lora", True))  # method, checkpointing; bf16
 TRAINED_SHARE = 0.5  # of the tokens
 
 
@@ -148,8 +184,40 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--only", default="", help="run the lines that hold this text, such as 'lora bf16'")
+    parser.add_argument("--shapes", action="store_true", help="published models, totals alone, in bf16")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if arguments.shapes:
+        compare_shapes(arguments.tokens, arguments.only)
+    else:
+        compare_parts(arguments)
+
+
+def compare_shapes(num_tokens: int, only: str) -> None:
+    samples = [num_tokens // 2] * 2
+    print("| model | method | checkpointing | planned, MiB | simulated, MiB | planned / simulated |")
+    print("|---|---|---|---:|---:|---:|")
+    for (name, (family, sizes)), (method, checkpointing) in itertools.product(SHAPES.items(), WAYS):
+        if only not in f"{name} {method}":
+            continue
+        config = AutoConfig.for_model(family, **sizes)
+        simulated, shape = simulate(config, spec_of(method, "bf16", checkpointing), samples)
+        plan = plan_of(shape, spec_of(method, "bf16", checkpointing), samples)
+        planned = plan.total - plan.terms["process"]
+        columns = (name, method, "yes" if checkpointing else "no", _mib(planned), _mib(simulated.total))
+        print("|", " | ".join(columns), f"| {planned / simulated.total:.2f} |", flush=True)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f}"
+
+
+def spec_of(method: str, dtype: str, checkpointing: bool) -> JobSpec:
+    compute = {"dtype": dtype, "gradient_checkpointing": checkpointing}
+    return parse_spec({"data": {"train": [{"dataset": "d"}]}, "method": {"type": method}, "compute": compute})
+
+
+def compare_parts(arguments: argparse.Namespace) -> None:
     config = AutoConfig.for_model("llama", num_hidden_layers=arguments.layers, **LLAMA)
     samples = [arguments.tokens // 2] * 2
     print("| method | checkpointing | part | planned, MiB | simulated, MiB | planned / simulated |")
@@ -158,8 +226,7 @@ def main() -> None:
         line = f"{method} {dtype}"
         if arguments.only not in line:
             continue
-        compute = {"dtype": dtype, "gradient_checkpointing": checkpointing}
-        spec = parse_spec({"data": {"train": [{"dataset": "d"}]}, "method": {"type": method}, "compute": compute})
+        spec = spec_of(method, dtype, checkpointing)
         simulated, shape = simulate(config, spec, samples)
         terms = plan_of(shape, spec, samples).terms
         planned = {part: terms[part] for part in ("weights", "gradients", "moments")}  # type: ignore[index]
@@ -167,7 +234,7 @@ def main() -> None:
         planned["total"] = sum(planned.values())
         for part, size in planned.items():
             real = getattr(simulated, part)
-            columns = (line, "yes" if checkpointing else "no", part, f"{size / 2**20:,.0f}", f"{real / 2**20:,.0f}")
+            columns = (line, "yes" if checkpointing else "no", part, _mib(size), _mib(real))
             print("|", " | ".join(columns), f"| {size / max(1, real):.2f} |", flush=True)
 
 

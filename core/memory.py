@@ -270,13 +270,20 @@ def _scores(load: Load) -> int:
 
 
 def _logits(load: Load) -> int:
-    """Of one chunk: logits, what becomes their gradients in fp32, and where they are not in fp32 their copy that is."""
+    """Of one chunk at the head: logits, what becomes their gradients in fp32, and in 16 bits their copy in fp32; where
+    the head is trained, its gradient too."""
     shape = load.shape
     assert shape.vocabulary is not None
     device: Literal["gpu", "cpu"] = "gpu" if load.on_gpu else "cpu"
     chunk = min(MOST_CHUNK_ROWS[device], CHUNK_LOGITS_BYTES[device] // (FP32 * shape.vocabulary))
     rows = min(max(1, chunk), load.tokens)
-    return rows * shape.vocabulary * (2 * FP32 + (BYTES[load.dtype] if load.dtype != "fp32" else 0))
+    is_cast = load.dtype != "fp32"
+    logits = rows * shape.vocabulary * (2 * FP32 + (BYTES[load.dtype] if is_cast else 0))
+    if isinstance(load.method, Adapter):
+        return logits
+    # One chunk's gradient of the head's weights, before it is added to the others'.
+    assert shape.hidden_size is not None
+    return logits + shape.vocabulary * shape.hidden_size * (FP32 + (BYTES[load.dtype] if is_cast else 0))
 
 
 def _held_by_head(load: Load) -> int:

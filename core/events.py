@@ -73,6 +73,7 @@ class Plan(BaseEvent):
     padding_efficiency: float
     padded_efficiency: float
     fill: float
+    planned_peak_bytes: int | None = None  # of a device; to hold against the steps' memory_peak_bytes
     trainable_parameters: int
     total_parameters: int
     quantised_parameters: int = 0  # of them, those that lie in 4 bits

@@ -73,33 +73,57 @@ def place(
     """`device` stands for each of the job's devices; on a CPU they share its memory."""
     if shape is None or shape.missing:
         return _without_a_plan(spec, shape, device)
-    available = device.memory_bytes
-    if device.kind == "cpu":
-        available //= spec.parallel.devices
+    available = available_bytes(spec, device)
     asked = spec.compute.gradient_checkpointing
     recomputes = (False, True) if asked == "auto" else (asked,)
     ways: list[Way] = []
     for stage, offload in _pairs(spec, shape, device):
         for recompute in recomputes:
-            load = Load(
-                shape=shape,
-                method=spec.method,
-                dtype=dtype,  # type: ignore[arg-type]  # resolved by the caller
-                attention="flash" if attention == "auto" else attention,  # type: ignore[arg-type]
-                optimizer=spec.optimizer.name,
-                gradient_checkpointing=recompute,
-                num_ranks=spec.parallel.devices,
-                zero_stage=stage,
-                offload=offload,
-                tokens=largest.tokens,
-                longest_row=largest.longest_row,
-                longest_sample=largest.longest_sample,
-                on_gpu=device.kind == "gpu",
-            )
+            way = (stage, offload, recompute)
+            load = load_of(spec, shape, device, largest, way, dtype=dtype, attention=attention)
             ways.append((stage, offload, recompute, estimate_memory(load)))
     fitting = [way for way in ways if way[3].total <= USABLE_SHARE * available]
     stage, offload, recompute, plan = fitting[0] if fitting else min(ways, key=lambda way: way[3].total)
     return Placement(stage, offload, recompute, plan, _reasons(spec, ways, fitting, available))
+
+
+def load_of(
+    spec: JobSpec,
+    shape: Architecture,
+    device: Device,
+    largest: LargestPass,
+    way: tuple[Stage, Offload, bool],
+    *,
+    dtype: str,
+    attention: str,
+) -> Load:
+    """What one device has to hold of `spec` with this stage, offload and checkpointing, whatever it says of them."""
+    stage, offload, recompute = way
+    return Load(
+        shape=shape,
+        method=spec.method,
+        dtype=dtype,  # type: ignore[arg-type]  # resolved by the caller
+        attention="flash" if attention == "auto" else attention,  # type: ignore[arg-type]
+        optimizer=spec.optimizer.name,
+        gradient_checkpointing=recompute,
+        num_ranks=spec.parallel.devices,
+        zero_stage=stage,
+        offload=offload,
+        tokens=largest.tokens,
+        longest_row=largest.longest_row,
+        longest_sample=largest.longest_sample,
+        on_gpu=device.kind == "gpu",
+    )
+
+
+def available_bytes(spec: JobSpec, device: Device) -> int:
+    """Of `device`, for one rank: those on a CPU share its memory."""
+    return device.memory_bytes // spec.parallel.devices if device.kind == "cpu" else device.memory_bytes
+
+
+def can_offload(spec: JobSpec, device: Device) -> bool:
+    """A CPU has nowhere to offload to, and only 32-bit AdamW steps on the host."""
+    return device.kind == "gpu" and spec.optimizer.name == "adamw"
 
 
 def _pairs(spec: JobSpec, shape: Architecture, device: Device) -> list[tuple[Stage, Offload]]:
@@ -125,8 +149,7 @@ def _agrees(spec: JobSpec, stage: Stage, offload: Offload) -> bool:
 def _runs(spec: JobSpec, shape: Architecture, device: Device, stage: Stage, offload: Offload) -> bool:
     if fault(spec, stage, offload, Loaded.of(shape)) is not None:
         return False
-    # A CPU has nowhere to offload to, and only 32-bit AdamW steps on the host.
-    return offload == "none" or (device.kind == "gpu" and spec.optimizer.name == "adamw")
+    return offload == "none" or can_offload(spec, device)
 
 
 def _reasons(
@@ -171,13 +194,17 @@ _FIELDS = ("parallel.zero_stage", "parallel.offload", "compute.gradient_checkpoi
 
 def _without_a_plan(spec: JobSpec, shape: Architecture | None, device: Device) -> Placement:
     """No sizes, no estimate: nothing is sharded, and a GPU recomputes, since there memory runs out first."""
-    missing = ", ".join(shape.missing) if shape else "all"
-    reason = Reason("auto.memory_unknown", {"missing": missing})
+    reason = unknown_sizes(shape)
     stage = 0 if spec.parallel.zero_stage == "auto" else spec.parallel.zero_stage
     offload = "none" if spec.parallel.offload == "auto" else spec.parallel.offload
     asked = spec.compute.gradient_checkpointing
     recompute = device.kind == "gpu" if asked == "auto" else asked
     return Placement(stage, offload, recompute, None, dict.fromkeys(_FIELDS, reason))
+
+
+def unknown_sizes(shape: Architecture | None) -> Reason:
+    """Why there is no plan."""
+    return Reason("auto.memory_unknown", {"missing": ", ".join(shape.missing) if shape else "all"})
 
 
 def size(num_bytes: int) -> str:

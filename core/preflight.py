@@ -24,6 +24,7 @@ from core.layout import (
     report,
     spread,
 )
+from core.memory_report import MemoryReport, report_memory
 from core.packing import BatchBy, PlanSettings, RunPlan, SampleSet, Segment, Step, plan_run
 from core.placement import LargestPass, largest_pass, place
 from core.presets import auto_attention, auto_dtype, auto_learning_rate, refuse_what_only_gpus_do
@@ -76,6 +77,9 @@ class JobPlan:
     settings: PlanSettings
     run: RunPlan
     schedule: Schedule
+    model: ModelProfile
+    device: Device  # that stands for each of the job's
+    largest: LargestPass
 
     @property
     def total_steps(self) -> int:
@@ -177,6 +181,22 @@ class JobPlan:
             counts |= {"tokens_if_whole": int(samples.lengths.sum()), "tokens_if_split": samples.tokens_if_split}
         return counts
 
+    @cached_property
+    def memory(self) -> MemoryReport:
+        most_rows = self.settings.per_step
+        if self.settings.batch_by != "rows":
+            # Of the first epoch. A row holds a sample at least.
+            offsets = self.run.epoch_plan(1).step_offsets
+            most_rows = int((offsets[1:] - offsets[:-1]).max())
+        return report_memory(
+            self.spec,
+            self.model.shape,
+            self.device,
+            self.largest,
+            context_length=self.model.context_length,
+            most_rows=-(-most_rows // self.settings.num_ranks),
+        )
+
     def learning_rates(self) -> list[float]:
         """The planned rate of steps 0 to n."""
         return curve(self.schedule)
@@ -202,6 +222,7 @@ class JobPlan:
             "padding_efficiency": mine.padding_efficiency,
             "padded_efficiency": mine.padded_efficiency,
             "fill": mine.fill,
+            "planned_peak_bytes": self.memory.planned_peak_bytes,
             "counts": self.all_counts,
             "choices": [choice.model_dump() for choice in self.choices],
         }
@@ -258,7 +279,7 @@ def plan_job(spec: JobSpec, data: Mapping[str, DataProfile], model: ModelProfile
         decay=given.decay,
         min_lr_ratio=given.min_lr_ratio,
     )
-    return JobPlan(resolved, choices, selection, settings, run, schedule)
+    return JobPlan(resolved, choices, selection, settings, run, schedule, model, device, largest)
 
 
 def _resolve(

@@ -1,0 +1,178 @@
+"""The memory plan as a person reads it: what each way to lay a job out would need, and how far the chosen one could go.
+
+core.placement tries ways until one fits and takes it. Here all of them are worked out, by the same estimate of the same
+load, so that the chosen one's bytes are those that it was chosen for. With one rank a stage shards nothing, so the ways
+are those that differ: everything on the device, and each kind of offload.
+
+What fits is what `auto` would take: a plan under USABLE_SHARE of the device.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from core.architecture import Architecture
+from core.errors import Reason
+from core.memory import MemoryPlan, Offload, estimate_memory
+from core.placement import (
+    USABLE_SHARE,
+    LargestPass,
+    Stage,
+    available_bytes,
+    can_offload,
+    load_of,
+    unknown_sizes,
+)
+from core.spec import JobSpec
+from core.wire import Device
+from core.zero import Loaded, fault
+
+# Of a row's length: `auto` rounds data.max_length to such steps.
+LENGTH_STEP = 64  # tokens
+
+_ONE_RANK: tuple[tuple[Stage, Offload], ...] = ((0, "none"), (2, "optimizer"), (3, "optimizer_and_params"))
+_STAGES: tuple[tuple[Stage, Offload], ...] = ((0, "none"), (1, "none"), (2, "none"), (3, "none"))
+_OFFLOADED: tuple[tuple[Stage, Offload], ...] = (
+    (1, "optimizer"),
+    (2, "optimizer"),
+    (3, "optimizer"),
+    (3, "optimizer_and_params"),
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    zero_stage: Stage
+    offload: Offload
+    gradient_checkpointing: bool
+    is_chosen: bool
+    plan: MemoryPlan | None  # of one device; None where the job cannot run in this way
+    fits: bool
+    why_not: Reason | None = None  # it cannot run
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    device: Device
+    num_ranks: int
+    available_bytes: int  # of the device, for one rank
+    usable_bytes: int
+    ways: tuple[Way, ...] = ()  # those with the chosen checkpointing first; none where sizes are unknown
+    largest_micro_batch_size: int = 0  # that fits in the chosen way; 0: not even one row
+    most_rows: int = 0  # that a step can have on a device: more in a pass is of no use
+    largest_max_length: int = 0  # tokens, of a sample and its row; 0: not even LENGTH_STEP
+    context_length: int = 0  # tokens, the model's
+    unknown: Reason | None = None  # which sizes of the model are missing
+
+    @property
+    def chosen(self) -> Way | None:
+        return next((way for way in self.ways if way.is_chosen), None)
+
+    @property
+    def fits_from(self) -> Stage | None:
+        """The lowest stage that fits without offload, with the chosen checkpointing."""
+        assert self.chosen is not None, "there is nothing to fit"
+        recompute = self.chosen.gradient_checkpointing
+        fitting = (
+            way.zero_stage
+            for way in self.ways
+            if way.fits and way.offload == "none" and way.gradient_checkpointing == recompute
+        )
+        return min(fitting, default=None)
+
+    @property
+    def planned_peak_bytes(self) -> int | None:
+        """What a step's `memory_peak_bytes` is expected to be: on a GPU torch counts what it allocates, on a CPU the
+        whole process is counted."""
+        plan = self.chosen.plan if self.chosen else None
+        if plan is None:
+            return None
+        return plan.total - (plan.terms["process"] if self.device.kind == "gpu" else 0)
+
+
+def report_memory(
+    spec: JobSpec,
+    shape: Architecture | None,
+    device: Device,
+    largest: LargestPass,
+    *,
+    context_length: int,
+    most_rows: int,
+) -> MemoryReport:
+    """`spec` has every `auto` resolved. `device` stands for each of the job's; `most_rows` is what a step can have on
+    one of them."""
+    available = available_bytes(spec, device)
+    usable = int(USABLE_SHARE * available)
+    if shape is None or shape.missing:
+        return MemoryReport(device, spec.parallel.devices, available, usable, unknown=unknown_sizes(shape))
+    stage, offload, recompute = spec.parallel.zero_stage, spec.parallel.offload, spec.compute.gradient_checkpointing
+    assert stage != "auto" and offload != "auto" and recompute != "auto"
+    chosen = (stage, offload, recompute)
+
+    def plan_of(way: tuple[Stage, Offload, bool], largest: LargestPass) -> MemoryPlan:
+        dtype, attention = spec.compute.dtype, spec.compute.attention
+        return estimate_memory(load_of(spec, shape, device, largest, way, dtype=dtype, attention=attention))
+
+    def fits_as_chosen(micro_batch_size: int, row: int, sample: int) -> bool:
+        tokens = micro_batch_size * row
+        wide = LargestPass(tokens, tokens if spec.packing.mode == "padding_free" else row, sample)
+        return plan_of(chosen, wide).total <= usable
+
+    ways: list[Way] = []
+    model = Loaded.of(shape)
+    for again in (recompute, not recompute):
+        for pair in _pairs(spec, shape, device):
+            is_chosen = (*pair, again) == chosen
+            found = fault(spec, *pair, model)
+            if found is not None:
+                ways.append(Way(*pair, again, is_chosen, None, False, Reason(found.code, found.parameters)))
+                continue
+            plan = plan_of((*pair, again), largest)
+            ways.append(Way(*pair, again, is_chosen, plan, plan.total <= usable))
+    micro_batch_size = spec.batch.micro_batch_size
+    row, sample = largest.tokens // micro_batch_size, largest.longest_sample
+    if fits_as_chosen(micro_batch_size, context_length, context_length):
+        longest = context_length
+    else:
+        units = _largest(
+            lambda units: fits_as_chosen(micro_batch_size, units * LENGTH_STEP, units * LENGTH_STEP),
+            context_length // LENGTH_STEP,
+        )
+        longest = units * LENGTH_STEP
+    return MemoryReport(
+        device,
+        spec.parallel.devices,
+        available,
+        usable,
+        tuple(ways),
+        largest_micro_batch_size=_largest(lambda rows: fits_as_chosen(rows, row, sample), most_rows),
+        most_rows=most_rows,
+        largest_max_length=longest,
+        context_length=context_length,
+    )
+
+
+def _pairs(spec: JobSpec, shape: Architecture, device: Device) -> Iterator[tuple[Stage, Offload]]:
+    """Stage and offload of the ways to show. A stage that cannot run is among them, with its reason; an offload that
+    cannot is not, unless it was asked for."""
+    stage, offload = spec.parallel.zero_stage, spec.parallel.offload
+    assert stage != "auto" and offload != "auto"
+    shown = _ONE_RANK if spec.parallel.devices == 1 else _STAGES + _OFFLOADED
+    model = Loaded.of(shape)
+    pairs = [
+        pair for pair in shown if pair[1] == "none" or (can_offload(spec, device) and fault(spec, *pair, model) is None)
+    ]
+    yield from pairs
+    if (stage, offload) not in pairs:
+        yield stage, offload
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest of 1 to `most` that fits; 0 where none does. What is smaller than what fits, fits."""
+    fitting, too_large = 0, most + 1
+    while too_large - fitting > 1:
+        middle = (fitting + too_large) // 2
+        if fits(middle):
+            fitting = middle
+        else:
+            too_large = middle
+    return fitting

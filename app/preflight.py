@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Query, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.preflight_memory import Memory, memory_of
 from app.problems import faults_lie_in_spec
 from app.profiles import Wanted, plan_for, read_result, want_profiles
 from app.services import AnyServices
@@ -74,6 +75,7 @@ class Preflight(BaseModel):
     choices: list[Choice]  # what each `auto` became, and why
     counts: dict[str, int]  # every row, sample and trained token under what becomes of it
     ways: list[Way]
+    memory: Memory
     max_length: int
     row_length: int
     samples: int
@@ -149,6 +151,7 @@ def preflight_of(plan: JobPlan) -> Preflight:
             "learning_rate_stride": stride,
             "verdict": list(remarks(plan.all_counts)),
             "ways": [_way(way) for way in plan.packing.ways],
+            "memory": memory_of(plan.memory),
             "choices": [Choice(field=c.field, value=c.value, reason=c.text()) for c in plan.choices],
         }
     )

@@ -10,6 +10,7 @@ import yaml
 from app.forms import FormState, as_text, spec_of_form, written_spec
 from app.pages import format
 from app.pages.environment import translate
+from app.pages.memory_bars import draw_memory
 from app.preflight import remarks, saved_by_whole
 from app.profiles import plan_for
 from app.services import Services
@@ -85,6 +86,8 @@ def _report(plan: JobPlan) -> dict[str, Any]:
         "rows_make_steps": plan.settings.rows_are_planned,
         "saved_by_whole": None if saved is None else saved.text(translate),
         "choices": told_choices(facts["choices"]),
+        "memory": draw_memory(plan.memory),
+        "why_no_memory": plan.memory.unknown,
     }
 
 

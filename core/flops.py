@@ -1,4 +1,4 @@
-"""Floating-point operations of an optimizer step: those that learning takes, not those that a layout or a saving costs.
+"""Floating-point operations of an optimizer step: those that learning takes, and those that a layout makes of them.
 
 A matrix of p values costs 2p for each token of the forward pass, 2p in the backward pass for the gradient of its
 input, and 2p for its own where it is trained: 6 for each parameter and token in a full fine-tune, 4 under LoRA for the
@@ -9,11 +9,17 @@ nobody asked for: they make a step longer and count nothing. Embeddings are look
 left out (under 1 % in models of use).
 
 Model FLOP/s utilisation (PaLM, arXiv 2204.02311, appendix B) is then this over the time and the devices' peak.
+
+To compare ways to lay the same samples out, `LayoutFlops` counts what the passes do compute: pads and dummies too, and
+attention as the engine runs it, within each sample and each piece of pad, or under a dense mask over the whole row. Not
+in it is what a pass costs however small it is, nor what is recomputed, which all ways do alike.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from core.architecture import Architecture
+from core.layout import DUMMY_WIDTH, StepLayout, num_slots, pad_pieces
 
 MULTIPLY_ADD = 2
 
@@ -26,17 +32,77 @@ def step_flops(
     if shape.missing:
         return None
     lengths = list(lengths)
-    tokens = sum(lengths)
-    is_full = num_adapter_parameters is None
-    # Forward, the input's gradient, the matrix' own.
-    passes = 3 if is_full else 2
-    matrices = passes * (tokens * _matrices_of_a_token(shape) + num_targets * _head(shape))
-    adapters = 3 * tokens * (num_adapter_parameters or 0)
     pairs = sum(_pairs(shape, length) for length in lengths)
-    query_width = shape.query_width
-    assert query_width is not None
-    attention = 3 * 2 * query_width * pairs
-    return MULTIPLY_ADD * (matrices + adapters + attention)
+    return (
+        sum(lengths) * _flops_of_a_token(shape, num_adapter_parameters)
+        + num_targets * _flops_of_a_target(shape, num_adapter_parameters)
+        + pairs * _flops_of_a_pair(shape)
+    )
+
+
+@dataclass(frozen=True)
+class LayoutFlops:
+    """Counts what a step's forward and backward passes compute, over all ranks."""
+
+    slot: int  # in the matrices, each position
+    target: float  # in the head, spread over the samples' tokens
+    attention: tuple[int, ...]  # of a piece of so many positions
+    pair: int | None  # of two positions of a row, where a dense mask is computed over all; None: within pieces
+
+    def __call__(self, layout: StepLayout) -> int:
+        attention = 0
+        for micro_batch in (micro_batch for passes in layout.ranks for micro_batch in passes):
+            lengths = [end - start for row in micro_batch for _, start, end in row] or [DUMMY_WIDTH]
+            slots = num_slots(micro_batch)
+            width = slots // len(micro_batch)
+            if self.pair is not None:
+                attention += slots * width * self.pair
+                continue
+            attention += sum(map(self.attention.__getitem__, lengths))
+            if slots > sum(lengths):
+                longest = max(lengths)
+                for row in micro_batch:
+                    pads = pad_pieces(width - sum(end - start for _, start, end in row), longest)
+                    attention += sum(map(self.attention.__getitem__, pads))
+        return layout.slots * self.slot + round(layout.tokens * self.target) + attention
+
+
+def layout_flops(
+    shape: Architecture, longest: int, targets_per_token: float, *, num_adapter_parameters: int | None, is_dense: bool
+) -> LayoutFlops | None:
+    """Of layouts whose samples have up to `longest` tokens. `is_dense` where attention builds a mask of whole rows
+    (`sdpa`, `eager`). None where the model's sizes are not known."""
+    if shape.missing:
+        return None
+    pair = _flops_of_a_pair(shape)
+    assert shape.num_unlimited_layers is not None
+    num_layers = shape.num_unlimited_layers + shape.num_windowed_layers
+    return LayoutFlops(
+        slot=_flops_of_a_token(shape, num_adapter_parameters),
+        target=targets_per_token * _flops_of_a_target(shape, num_adapter_parameters),
+        attention=tuple(pair * _pairs(shape, length) for length in range(max(longest, DUMMY_WIDTH) + 1)),
+        pair=pair * num_layers if is_dense else None,
+    )
+
+
+def _passes_of_a_matrix(num_adapter_parameters: int | None) -> int:
+    """Forward, the input's gradient, and the matrix' own where it is trained."""
+    return 3 if num_adapter_parameters is None else 2
+
+
+def _flops_of_a_token(shape: Architecture, num_adapter_parameters: int | None) -> int:
+    matrices = _passes_of_a_matrix(num_adapter_parameters) * _matrices_of_a_token(shape)
+    return MULTIPLY_ADD * (matrices + 3 * (num_adapter_parameters or 0))
+
+
+def _flops_of_a_target(shape: Architecture, num_adapter_parameters: int | None) -> int:
+    return MULTIPLY_ADD * _passes_of_a_matrix(num_adapter_parameters) * _head(shape)
+
+
+def _flops_of_a_pair(shape: Architecture) -> int:
+    """Scores and weighted values, forward and twice that backward."""
+    assert shape.query_width is not None
+    return MULTIPLY_ADD * 3 * 2 * shape.query_width
 
 
 def _matrices_of_a_token(shape: Architecture) -> int:

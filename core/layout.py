@@ -14,6 +14,7 @@ a rank that has run out after all runs a dummy row without a trained token.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -66,6 +67,10 @@ class StepLayout:
     def padding_efficiency(self) -> float:
         return self.tokens / self.slots
 
+    @property
+    def slots_of_ranks(self) -> tuple[int, ...]:
+        return tuple(sum(map(num_slots, passes)) for passes in self.ranks)
+
 
 def lay_out(step: Step, settings: PlanSettings) -> StepLayout:
     """Rows, micro-batches and ranks for one step. Packed by samples or tokens, the step's own samples are packed."""
@@ -99,6 +104,21 @@ def lay_out_alone(step: Step) -> StepLayout:
     passes = tuple(((segment,),) for segment in step.segments)
     tokens = _tokens(step.segments)
     return StepLayout((passes,), tokens=tokens, slots=tokens, rows=len(passes))
+
+
+def lay_out_padded(step: Step) -> StepLayout:
+    """The baseline: the samples in their order on one rank, BASELINE_BATCH to a pass."""
+    borders = range(0, len(step.segments), BASELINE_BATCH)
+    passes = tuple(_one_a_row(step.segments[at : at + BASELINE_BATCH]) for at in borders)
+    slots = padded_slots(step.segments)
+    return StepLayout((passes,), tokens=_tokens(step.segments), slots=slots, rows=len(step.segments))
+
+
+def pad_pieces(num_slots: int, longest: int) -> list[int]:
+    """A row's pad as segments of its own, none longer than the micro-batch's longest, so that it costs attention no
+    more than samples do."""
+    pieces = [longest] * (num_slots // longest)
+    return [*pieces, num_slots % longest] if num_slots % longest else pieces
 
 
 def num_slots(micro_batch: MicroBatch) -> int:
@@ -212,8 +232,9 @@ class WayReport:
     mode: Mode
     algorithm: Algorithm
     steps_per_epoch: int
-    steps_laid_out: int  # fewer than steps_per_epoch: rows and slots are estimates from steps spread evenly
+    steps_laid_out: int  # fewer than steps_per_epoch: rows, passes, slots, FLOPs are estimates from steps spread evenly
     rows: int
+    passes: int  # forward passes of each rank
     tokens: int
     slots: int
     padded_slots: int  # of the baseline
@@ -221,6 +242,7 @@ class WayReport:
     num_cuts: int
     targets_lost: int
     rows_without_targets: int
+    flops: int | None  # that the passes compute, pads included; None where the model's sizes are not known
 
     @property
     def is_exact(self) -> bool:
@@ -245,6 +267,7 @@ class PackingReport:
 
     mine: WayReport
     others: tuple[WayReport, ...]
+    baseline: WayReport  # plain padding, BASELINE_BATCH to a pass on one device, that all are compared with
     all_padded_efficiency: float  # every sample of the epoch padded to max_length
     fewest_rows: int  # the lower bound of rows that the epoch's samples need, packed as one
 
@@ -255,6 +278,12 @@ class PackingReport:
     def of(self, mode: Mode, algorithm: Algorithm = "best_fit") -> WayReport:
         return next(way for way in self.ways if (way.mode, way.algorithm) == (mode, algorithm))
 
+    def relative_cost(self, way: WayReport) -> float:
+        """Of an epoch, the baseline being 1: in FLOPs, or in slots where those are not known."""
+        if way.flops is None or self.baseline.flops is None:
+            return way.slots / self.baseline.slots
+        return way.flops / self.baseline.flops
+
 
 def report(
     lengths: IntArray,
@@ -263,6 +292,7 @@ def report(
     max_length: int,
     count_targets: CountTargets | None = None,
     *,
+    count_flops: Callable[[StepLayout], int] | None = None,
     most_steps: int = MOST_STEPS,
     most_samples: int = MOST_SAMPLES,
 ) -> PackingReport:
@@ -281,11 +311,15 @@ def report(
         key = algorithm if way.rows_are_planned else None
         plan = plans.get(key) or plans.setdefault(key, plan_epoch(lengths, way, seed, 1, count_targets))
         share = 1 if (mode, algorithm) == own else SHARE_OF_OTHERS
-        reports[mode, algorithm] = _report_way(plan, way, spread(plan, most_steps // share, most_samples // share))
+        indices = spread(plan, most_steps // share, most_samples // share)
+        reports[mode, algorithm] = _report_way(plan, way, indices, partial(lay_out, settings=way), count_flops)
     whole = plans[None]
+    few = spread(whole, most_steps // SHARE_OF_OTHERS, most_samples // SHARE_OF_OTHERS)
+    padded = replace(settings, mode="padded", algorithm="best_fit")
     return PackingReport(
         mine=reports.pop(own),
         others=tuple(reports.values()),
+        baseline=_report_way(whole, padded, few, lay_out_padded, count_flops),
         all_padded_efficiency=whole.tokens / (len(whole.order) * max_length),
         fewest_rows=lower_bound(whole.ends, settings.row_length),
     )
@@ -297,12 +331,21 @@ def spread(plan: EpochPlan, most_steps: int = MOST_STEPS, most_samples: int = MO
     return [number * (len(plan) - 1) // max(1, num_steps - 1) for number in range(num_steps)]
 
 
-def _report_way(plan: EpochPlan, settings: PlanSettings, indices: Sequence[int]) -> WayReport:
-    rows = tokens = slots = baseline = 0
+def _report_way(
+    plan: EpochPlan,
+    settings: PlanSettings,
+    indices: Sequence[int],
+    lay_out_step: Callable[[Step], StepLayout],
+    count_flops: Callable[[StepLayout], int] | None,
+) -> WayReport:
+    rows = passes = tokens = slots = baseline = flops = 0
     for index in indices:
         step = plan.step(index)
-        layout = lay_out(step, settings)
+        layout = lay_out_step(step)
+        if count_flops is not None:
+            flops += count_flops(layout)
         rows += layout.rows
+        passes += len(layout.ranks[0])
         tokens += layout.tokens
         slots += layout.slots
         baseline += padded_slots(step.segments)
@@ -316,6 +359,7 @@ def _report_way(plan: EpochPlan, settings: PlanSettings, indices: Sequence[int])
         steps_per_epoch=len(plan),
         steps_laid_out=len(indices),
         rows=of_epoch(rows) if plan.row_offsets is None else len(plan.row_offsets) - 1,
+        passes=of_epoch(passes),
         tokens=plan.tokens,
         slots=of_epoch(slots),
         padded_slots=of_epoch(baseline),
@@ -323,4 +367,5 @@ def _report_way(plan: EpochPlan, settings: PlanSettings, indices: Sequence[int])
         num_cuts=plan.num_cuts,
         targets_lost=plan.targets_lost,
         rows_without_targets=plan.rows_without_targets,
+        flops=None if count_flops is None else of_epoch(flops),
     )

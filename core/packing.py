@@ -105,6 +105,16 @@ def best_fit(lengths: IntArray, capacity: int) -> Packs:
     return _deal(groups, _by_length(lengths, capacity), counts[values], capacity)
 
 
+def count_rows(lengths: IntArray, capacity: int) -> int:
+    """How many rows best_fit makes of them, without dealing the samples out."""
+    if len(lengths) == 0:
+        return 0
+    _refuse_longer(lengths, capacity)
+    counts = np.bincount(lengths)
+    values = np.flatnonzero(counts)
+    return sum(num_bins for num_bins, _ in _pack_histogram(values.tolist(), counts[values].tolist(), capacity))
+
+
 # The lengths in a group's bins, the last placed first: (index of the length, how many of it a bin takes, the rest).
 _Content: TypeAlias = "tuple[int, int, _Content] | None"
 _Group: TypeAlias = tuple[int, _Content]  # so many bins, each with this content

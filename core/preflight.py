@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 
 from core.errors import Reason, UserError
 from core.events import Choice
+from core.flops import LayoutFlops, layout_flops
 from core.layout import (
     MicroBatch,
     PackingReport,
@@ -24,6 +25,7 @@ from core.layout import (
     report,
     spread,
 )
+from core.memory import count_adapter_parameters
 from core.memory_report import MemoryReport, report_memory
 from core.packing import BatchBy, PlanSettings, RunPlan, SampleSet, Segment, Step, plan_run
 from core.placement import LargestPass, largest_pass, place
@@ -31,7 +33,7 @@ from core.presets import auto_attention, auto_dtype, auto_learning_rate, refuse_
 from core.profile import DataProfile, ModelProfile
 from core.schedule import Schedule, curve, resolve_warmup_steps
 from core.selection import Selection, choice, select
-from core.spec import JobSpec, batch_key
+from core.spec import Adapter, JobSpec, batch_key
 from core.unbuilt import refuse_unbuilt
 from core.wire import Device
 
@@ -162,7 +164,27 @@ class JobPlan:
         """What this way of laying samples out costs, and each other."""
         selection = self.selection
         count_targets = selection.count_targets if selection.samples.know_their_runs else None
-        return report(selection.train.lengths, self.settings, self.spec.seed, selection.max_length, count_targets)
+        return report(
+            selection.train.lengths,
+            self.settings,
+            self.spec.seed,
+            selection.max_length,
+            count_targets,
+            count_flops=self._count_flops,
+        )
+
+    @property
+    def _count_flops(self) -> LayoutFlops | None:
+        shape, method, train = self.model.shape, self.spec.method, self.selection.train
+        if shape is None or shape.missing:
+            return None
+        return layout_flops(
+            shape,
+            int(train.lengths.max()),
+            float(train.targets.sum() / train.lengths.sum()),
+            num_adapter_parameters=count_adapter_parameters(shape, method) if isinstance(method, Adapter) else None,
+            is_dense=self.spec.compute.attention in ("sdpa", "eager"),
+        )
 
     @cached_property
     def all_counts(self) -> dict[str, int]:

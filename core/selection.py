@@ -147,6 +147,7 @@ class Selection:
     trained + too long + lost by cuts."""
 
     samples: Samples
+    teaching: IntArray  # global ids of the samples that have something to teach, before max_length is applied
     train: Pieces
     validation: Pieces
     train_of_set: tuple[int, ...]  # how many of `train` each training set gives
@@ -239,6 +240,7 @@ def select(spec: JobSpec, data: Mapping[str, DataProfile], context_length: int) 
     borders = np.searchsorted(kept.sample_ids, np.cumsum([0, *sizes]))
     return Selection(
         samples=samples,
+        teaching=teaching,
         train=kept,
         validation=held,
         train_of_set=tuple(np.diff(borders).tolist()),

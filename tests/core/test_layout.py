@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.layout import MOST_SAMPLES, lay_out, padded_efficiency, report
+from core.layout import MOST_SAMPLES, lay_out, lay_out_padded, num_slots, padded_efficiency, report
 from core.packing import PlanSettings, SampleSet, Segment, Step, fill, lower_bound, plan_epoch
 
 CAPACITY = 64
@@ -224,6 +224,7 @@ def test_the_report_of_each_way_is_the_sum_of_its_steps_as_they_are_laid_out(bat
         assert way.tokens == int(lengths.sum())
         assert way.slots == sum(layout.slots for layout in layouts)
         assert way.rows == sum(layout.rows for layout in layouts)
+        assert way.passes == sum(len(layout.ranks[0]) for layout in layouts)
         assert way.fill == way.tokens / (way.rows * CAPACITY)
         assert (way.num_cuts > 0) == (way.algorithm == "wrapped")
     efficiency = {(way.mode, way.algorithm): way.padding_efficiency for way in answer.ways}
@@ -231,6 +232,11 @@ def test_the_report_of_each_way_is_the_sum_of_its_steps_as_they_are_laid_out(bat
     assert answer.of("padded").padding_efficiency == efficiency["padded", "best_fit"]
     assert answer.all_padded_efficiency == pytest.approx(lengths.mean() / CAPACITY)
     assert answer.fewest_rows == lower_bound(lengths, CAPACITY)
+    plain = replace(own, mode="padded", algorithm="best_fit")
+    padded = [lay_out_padded(step) for step in plan_epoch(lengths, plain, 11, 1)]
+    assert answer.baseline.slots == sum(sum(map(num_slots, layout.ranks[0])) for layout in padded)
+    assert answer.baseline.rows == len(lengths) and answer.baseline.passes == sum(len(each.ranks[0]) for each in padded)
+    assert answer.relative_cost(answer.mine) == answer.mine.slots / answer.baseline.slots
 
 
 def test_a_report_of_some_steps_says_that_it_is_an_estimate_of_the_whole_epoch():

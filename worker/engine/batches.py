@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from core.layout import DUMMY_WIDTH, MicroBatch
+from core.layout import DUMMY_WIDTH, MicroBatch, pad_pieces
 from core.packing import Segment
 from core.preflight import StepWork
 
@@ -121,7 +121,7 @@ def make_batch(rows: MicroBatch, samples: Samples) -> Batch:
             owners.append(np.full(len(predicted), num_segments))
             num_segments += 1
             begin += end - start
-        pad = _pieces(width - begin, longest)
+        pad = pad_pieces(width - begin, longest)
         segments.append((*lengths[row], *pad))
         position_ids_BN[row] = np.concatenate([np.arange(length) for length in segments[-1]])
     return Batch(
@@ -133,11 +133,6 @@ def make_batch(rows: MicroBatch, samples: Samples) -> Batch:
         sample_of_target_T=torch.from_numpy(np.concatenate(owners)),
         sample_ids=tuple(segment.sample for row in rows for segment in row),
     )
-
-
-def _pieces(total: int, longest: int) -> list[int]:
-    pieces = [longest] * (total // longest)
-    return [*pieces, total % longest] if total % longest else pieces
 
 
 def make_step(work: StepWork, samples: Samples, rank: int = 0) -> StepBatch:

@@ -11,11 +11,8 @@ A rank that goes takes its connections with it: the others' next collective fail
 first one's own words count, so the others wait for them a moment (see worker.engine.ending).
 """
 
-import ctypes
-import faulthandler
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from worker.dies_with_parent import PR_SET_PDEATHSIG
+from worker.dies_with_parent import die_with
 
 # Longer than the largest file takes to be tokenised by rank 0 alone; a hang is noticed by the supervisor long before.
 TIMEOUT = timedelta(hours=2)
@@ -148,12 +145,11 @@ def joined(directory: Path) -> Iterator[Ranks]:
         yield ALONE
         return
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    die_with_parent()
+    die_with(os.getppid())  # torchrun gives each rank a session of its own, and no rank may outlive it
     if size == 1:
         yield ALONE
         return
     print_into(directory / f"rank-{rank}.log")
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
     dist.init_process_group(backend(), timeout=TIMEOUT)
     ranks = Ranks(rank, size, local_rank)
     ranks.traffic.watch()
@@ -171,15 +167,6 @@ def open_group_of_one(device: torch.device) -> None:
     """For DeepSpeed, which wants a group, and the place that torchrun gives, from a process that is alone too."""
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     dist.init_process_group(backend(), store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
-
-
-def die_with_parent() -> None:
-    """torchrun gives each rank a session of its own, and no rank may outlive it."""
-    parent = os.getppid()
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:
-        sys.exit("the launcher ended before its rank began")
 
 
 def print_into(path: Path) -> None:

@@ -1,7 +1,8 @@
 """What the outside may ask of a trainer while it works, and when it is heard.
 
 TERM, INT and USR1 are noted, and obeyed at a border. USR2 is answered at once and from C, since who asks it has heard
-nothing for long: the stack of every thread goes to standard error.
+nothing for long: the stack of every thread goes to standard error. That holds for the whole of a process, as it may
+wait for its peers before there is a job to stop and after it has ended.
 """
 
 import faulthandler
@@ -11,6 +12,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 STANDARD_ERROR = 2  # the descriptor, whatever sys.stderr has become
+
+
+@contextmanager
+def stacks_on_demand() -> Iterator[None]:
+    faulthandler.register(signal.SIGUSR2, file=STANDARD_ERROR)
+    try:
+        yield
+    finally:
+        faulthandler.unregister(signal.SIGUSR2)
 
 
 class Stopped(Exception):
@@ -29,11 +39,9 @@ class Signals:
     def installed(self) -> Iterator["Signals"]:
         handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGUSR1: self._checkpoint}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        faulthandler.register(signal.SIGUSR2, file=STANDARD_ERROR)
         try:
             yield self
         finally:
-            faulthandler.unregister(signal.SIGUSR2)
             for number, handler in before.items():
                 signal.signal(number, handler)
 

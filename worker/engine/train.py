@@ -68,7 +68,7 @@ from worker.engine.probe import leaks, measure_leak
 from worker.engine.ranks import ALONE, Ranks, is_peer_gone, joined
 from worker.engine.records import SampleRecords
 from worker.engine.result import end_of_turn, save_result, stop_ids
-from worker.engine.signals import Signals, Stopped
+from worker.engine.signals import Signals, Stopped, stacks_on_demand
 from worker.engine.tokenizer import HfChatTokenizer
 from worker.engine.utilisation import Utilisation, peak_flops
 from worker.engine.weights import report_weights
@@ -714,6 +714,7 @@ def main(job_dir: Path) -> int:
     if _is_finished(job_dir):
         return 0
     with contextlib.ExitStack() as stack:
+        stack.enter_context(stacks_on_demand())
         is_first = os.environ.get("RANK", "0") == "0"
         if is_first:
             lock = stack.enter_context((job_dir / ".trainer.lock").open("w"))

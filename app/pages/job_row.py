@@ -49,6 +49,7 @@ class JobRow:
     padding_efficiency: float | None
     padded_efficiency: float | None
     memory_peak_bytes: int | None
+    planned_peak_bytes: int | None
     phase: str | None
     phase_done: int
     phase_total: int | None
@@ -119,6 +120,7 @@ def _row(job: Job, now: float, owners: dict[str, str], hosts: dict[str, str]) ->
         phase=summary.get("phase"),
         phase_done=int(summary.get("phase_done") or 0),
         phase_total=summary.get("phase_total"),
+        planned_peak_bytes=(job.plan or {}).get("planned_peak_bytes"),
         is_packed=job.spec["packing"]["mode"] == "packed",
         **{name: summary.get(name) for name in told},
     )

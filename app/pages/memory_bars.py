@@ -17,6 +17,7 @@ from core.placement import USABLE_SHARE
 WIDTH = 1000
 MOST_DEVICES = 2.0  # of the scale
 ROOM = 1.04  # so that the device's line does not lie on the edge
+GAP = 3  # between pieces that are wide enough to spare it
 
 OFFLOAD_TITLES: dict[Offload, str] = {
     "optimizer": N_("optimizer states in CPU memory"),
@@ -110,7 +111,8 @@ def _bar(report: MemoryReport, way: Way, scale: float) -> Bar:
         x, end = _x(begin, scale), _x(begin + num_bytes, scale)
         if end > x:
             said = f"{translate(TERM_TITLES[term])}: {format.size(num_bytes)}"
-            pieces.append(Piece(term, x, round(end - x, 1), said))
+            width = end - x
+            pieces.append(Piece(term, x, round(width - GAP if width > 3 * GAP else width, 1), said))
         begin += num_bytes
     parts = "; ".join(piece.title for piece in pieces)
     return Bar(

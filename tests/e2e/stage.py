@@ -32,6 +32,7 @@ from core.profile import DataProfile, ModelProfile, TokenPreview
 from core.schedule import Schedule, lr_at
 from core.spec import parse_spec
 from core.wire import Device, HostReport
+from tests.core.shapes import llama
 
 HOST = "host-of-the-stage"
 MODEL = ModelProfile(
@@ -44,6 +45,8 @@ MODEL = ModelProfile(
     dtype="float32",
     has_chat_template=True,
     bytes=8_600_000,
+    # Of a model that has something to plan.
+    shape=llama(hidden=2048, layers=16, heads=32, key_value_heads=8, intermediate=8192, vocabulary=4096),
 )
 DEVICES = tuple(
     Device(id=f"gpu{index}", kind="gpu", name="NVIDIA L40S", memory_bytes=48 * 2**30, has_bf16=True)

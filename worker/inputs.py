@@ -5,6 +5,7 @@ Names are the server's, paths are ours: nothing that came over the network becom
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from core import wire
@@ -24,58 +25,50 @@ def find_model(roots: Iterable[Path], name: str) -> Path:
     raise UserError("worker.model_not_here", "model.base", model=name, roots=", ".join(map(str, roots)))
 
 
-def fetch_data(
-    settings: WorkerSettings,
-    server: Server,
-    file: wire.DataFile,
-    *,
-    is_unwanted: Callable[[], bool],
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
-) -> InputFile:
-    try:
-        path = fetch_blob(
-            server,
-            settings.blobs_dir,
+@dataclass(frozen=True)
+class Downloads:
+    """Files of the server's as this host's own, fetched where it doesn't have them yet."""
+
+    settings: WorkerSettings
+    server: Server
+    is_unwanted: Callable[[], bool]
+    on_progress: Callable[[int], None] = lambda num_bytes: None
+
+    def data(self, file: wire.DataFile) -> InputFile:
+        path = self._blob(
             file.sha256,
-            is_unwanted=is_unwanted,
-            longest_back_off_s=settings.longest_back_off_s,
-            on_progress=on_progress,
+            gone=UserError("worker.data_gone", "data", dataset=file.dataset),
+            damaged=UserError("worker.data_damaged", "data", dataset=file.dataset),
         )
-    except Unknown as error:
-        raise UserError("worker.data_gone", "data", dataset=file.dataset) from error
-    except WrongBytes as error:
-        raise UserError("worker.data_damaged", "data", dataset=file.dataset) from error
-    return InputFile(dataset=file.dataset, path=str(path), sha256=file.sha256)
+        return InputFile(dataset=file.dataset, path=str(path), sha256=file.sha256)
 
-
-def fetch_adapter(
-    settings: WorkerSettings,
-    server: Server,
-    folder: Path,
-    job: str,
-    files: Iterable[wire.AdapterFile],
-    *,
-    is_unwanted: Callable[[], bool],
-    on_progress: Callable[[int], None],
-) -> Path:
-    """Lays the adapter of `job` into `folder`: its files are links to this host's copies, under the names they need."""
-    folder.mkdir(exist_ok=True)
-    for file in files:
-        try:
-            path = fetch_blob(
-                server,
-                settings.blobs_dir,
+    def adapter(self, folder: Path, job: str, files: Iterable[wire.AdapterFile]) -> Path:
+        """Lays the adapter of `job` into `folder`: its files are links to this host's copies, under the names they
+        need."""
+        folder.mkdir(exist_ok=True)
+        for file in files:
+            path = self._blob(
                 file.sha256,
-                is_unwanted=is_unwanted,
-                longest_back_off_s=settings.longest_back_off_s,
-                on_progress=on_progress,
+                gone=UserError("worker.adapter_gone", "model.adapter", job=job),
+                damaged=UserError("worker.adapter_damaged", "model.adapter", job=job),
+            )
+            os.link(path, folder / file.name)
+        return folder
+
+    def _blob(self, sha256: str, *, gone: UserError, damaged: UserError) -> Path:
+        try:
+            return fetch_blob(
+                self.server,
+                self.settings.blobs_dir,
+                sha256,
+                is_unwanted=self.is_unwanted,
+                longest_back_off_s=self.settings.longest_back_off_s,
+                on_progress=self.on_progress,
             )
         except Unknown as error:
-            raise UserError("worker.adapter_gone", "model.adapter", job=job) from error
+            raise gone from error
         except WrongBytes as error:
-            raise UserError("worker.adapter_damaged", "model.adapter", job=job) from error
-        os.link(path, folder / file.name)
-    return folder
+            raise damaged from error
 
 
 def gather_inputs(
@@ -98,18 +91,14 @@ def gather_inputs(
         num_fetched += new_bytes
         on_progress(num_fetched, num_bytes)
 
-    data = tuple(
-        fetch_data(settings, server, file, is_unwanted=is_unwanted, on_progress=count) for file in assignment.data
-    )
+    downloads = Downloads(settings, server, is_unwanted, count)
+    data = tuple(map(downloads.data, assignment.data))
     adapter = ""
     if spec.model.adapter is not None:
         if len(assignment.adapter) < len(wire.ADAPTER_FILES):
             raise UserError("worker.adapter_gone", "model.adapter", job=spec.model.adapter)
         folder = settings.attempt_dir(attempt) / "adapter"
-        job = spec.model.adapter
-        adapter = str(
-            fetch_adapter(settings, server, folder, job, assignment.adapter, is_unwanted=is_unwanted, on_progress=count)
-        )
+        adapter = str(downloads.adapter(folder, spec.model.adapter, assignment.adapter))
     return Inputs(
         model_path=str(model),
         model_name=spec.model.base,

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from core import wire
 from core.errors import UserError
-from worker.inputs import fetch_data, find_model
+from worker.inputs import Downloads, find_model
 from worker.job_directory import PrepareOrder, write_json
 from worker.output import LineReader
 from worker.processes import child_environment, dying_with_this_process, secrets_in, sweep
@@ -103,7 +103,7 @@ def _measure(settings: WorkerSettings, server: Server, order: wire.ProfileOrder)
     too_slow = UserError("worker.prepare_slow", minutes=round(settings.prepare_limit_s / 60, 1))
     model = find_model(settings.model_roots, order.model)
     try:
-        data = fetch_data(settings, server, order.data, is_unwanted=lambda: time.monotonic() > deadline)
+        data = Downloads(settings, server, lambda: time.monotonic() > deadline).data(order.data)
     except Interrupted:
         raise too_slow from None
     with tempfile.TemporaryDirectory(prefix="prepare-", dir=settings.worker_dir) as folder:

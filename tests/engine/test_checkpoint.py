@@ -172,3 +172,9 @@ def test_a_checkpoint_of_a_step_that_stands_damaged_replaces_it(tmp_path: Path) 
     (run.save(tmp_path, 1) / checkpoint.WEIGHTS).write_bytes(b"")
     path = run.save(tmp_path, 1)
     assert checkpoint.verify(path).step == 1 and [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_it_says_which_libraries_made_it(tmp_path: Path) -> None:
+    made_by = checkpoint.read_manifest(Run().save(tmp_path, 1)).versions
+    assert made_by["torch"] == torch.__version__
+    assert {"python", "numpy", "transformers", "peft", "bitsandbytes", "deepspeed"} <= made_by.keys()

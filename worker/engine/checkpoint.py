@@ -19,7 +19,6 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import random
 import secrets
 import shutil
@@ -29,9 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import peft
 import torch
-import transformers
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -39,6 +36,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.spec import JobSpec
+from worker.engine.libraries import versions
 from worker.engine.ranks import ALONE, Ranks
 from worker.job_directory import sync_folder
 
@@ -242,16 +240,6 @@ def _synced(path: Path) -> SavedFile:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return SavedFile(name=path.name, size=path.stat().st_size, sha256=digest)
-
-
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def spec_hash(spec: JobSpec) -> str:

@@ -9,7 +9,6 @@ they were asked for. On a GPU that is left out by --gpus nothing is tried.
 """
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import sys
@@ -26,12 +25,12 @@ from pydantic import BaseModel, ConfigDict
 from core.profile import ModelProfile
 from core.wire import Device
 from worker.engine.demo_model import ensure_demo_model
+from worker.engine.libraries import versions
 from worker.engine.models import HashCache, find_models
 from worker.processes import MARK
 
 HUB_PATIENCE_S = 3.0
 DEFAULT_HUB = "https://huggingface.co"
-VERSIONS_TOLD = ("torch", "transformers", "peft", "tokenizers", "safetensors")
 # With more than this in use somebody computes on a GPU; a desktop's few hundred MB don't count. Memory tells, since in
 # a container the driver doesn't list other people's processes.
 BUSY_BYTES = 1 << 30
@@ -213,16 +212,6 @@ def gpus_of_our_jobs() -> set[int]:
                 shown = environment.get("CUDA_VISIBLE_DEVICES", "")
                 indices |= {int(index) for index in shown.split(",") if index.isdigit()}
     return indices
-
-
-# -- versions and hub ----------------------------------------------------------------------------------------------
-def versions() -> dict[str, str]:
-    import torch
-
-    found = {name: importlib.metadata.version(name) for name in VERSIONS_TOLD}
-    # The wheel's own name for itself, such as 2.13.0+cpu.
-    found |= {"python": platform.python_version(), "torch": torch.__version__}
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
 def reaches_hub() -> bool:

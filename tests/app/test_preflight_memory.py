@@ -117,6 +117,8 @@ def test_the_panel_of_one_device_speaks_of_no_stage(house: House) -> None:
     assert "ZeRO-" not in page and "<strong>It fits.</strong>" in page and "no offload" in page
     assert "Samples as long as the model's context, 4,096 tokens, fit." in page
     assert "If activations were recomputed" in page
+    given = {"parallel.zero_stage": "2", "parallel.offload": "optimizer"}
+    assert "<strong>It fits with offload.</strong>" in panel(house, method__type="lora", **given)
 
 
 def test_the_panel_says_when_nothing_fits(house: House) -> None:

@@ -80,6 +80,8 @@ def test_a_lora_run_tells_what_it_does_and_hands_out_an_adapter(finished: Path, 
     assert told[-1]["trained_tokens"] == sum(step["trained_tokens"] for step in steps)
     report = json.loads((finished / "report.json").read_bytes())
     assert report["plan"]["total_steps"] == report["measured"]["steps"] == 6 and report["outcome"]["code"] == 0
+    assert report["plan"]["planned_peak_bytes"] == plan["planned_peak_bytes"] > 0
+    assert report["measured"]["memory_peak_bytes"] == max(step["memory_peak_bytes"] for step in steps) > 0
     ((dataset, profile),) = [pair.values() for pair in json.loads((finished / "profiles.json").read_bytes())]
     assert dataset == "given" and profile["num_rows"] == 24
 

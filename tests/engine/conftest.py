@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine import jobs
 from worker.engine.demo_model import ensure_demo_model
 
 # Making the demo model takes some ten CPU seconds, which on a busy machine may become minutes.
@@ -14,6 +15,18 @@ MAKING_LIMIT_S = 600
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """demo/tiny-llama, made once a session."""
     return ensure_demo_model(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama that knows chat. No test changes it."""
+    return jobs.make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations for it."""
+    return jobs.make_data(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -38,15 +38,6 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def moved(model: LanguageModel) -> LanguageModel:
-    """One large step away from where it began."""
-    optimizer = torch.optim.AdamW(model.trainable().values(), lr=0.05)
-    tiny.gradients(model, tiny.step_of(tiny.some_samples()))
-    optimizer.step()
-    model.model.eval()
-    return model
-
-
 def batch() -> Batch:
     return tiny.step_of(tiny.some_samples()).batches[0]
 
@@ -74,7 +65,7 @@ def test_every_expert_gets_its_share_of_the_rank_and_routers_get_nothing(mixture
     ((code, text),) = model.warnings
     assert code == "experts" and f"{NUM_EXPERTS} experts" in text and "rank 4" in text
     # The same gradient whatever the layout, in the experts too.
-    _, packed = tiny.gradients(moved(model), tiny.step_of(tiny.some_samples()))
+    _, packed = tiny.gradients(tiny.moved(model), tiny.step_of(tiny.some_samples()))
     _, padded = tiny.gradients(model, tiny.step_of(tiny.some_samples(), "padded", 60, 4))
     assert any("experts" in name and grad.any() for name, grad in packed.items())
     assert tiny.difference(packed, padded) < 1e-5
@@ -85,7 +76,7 @@ def test_an_adapter_on_experts_is_read_back_by_anyone_and_merges(
     mixtures: Path, tmp_path: Path, family: str, dtype: str
 ) -> None:
     method = {"type": "lora", "rank": 8}
-    model = moved(tiny.load(mixtures / family, method=method, compute={"dtype": dtype}))
+    model = tiny.moved(tiny.load(mixtures / family, method=method, compute={"dtype": dtype}))
     model.model.save_pretrained(tmp_path / "result", save_embedding_layers=False)
     result.verify_adapter(tmp_path / "result", model, mixtures / family, tiny.spec_of(method=method).method)
     if dtype == "fp32":
@@ -131,7 +122,7 @@ def test_full_fine_tuning_of_a_mixture_says_what_is_not_in_its_loss(mixtures: Pa
     ((code, text),) = model.warnings
     assert code == "routers" and "without a balancing loss" in text
     assert any(".gate." in name or "router" in name for name in model.trainable())
-    moved(model)
+    tiny.moved(model)
     model.base.save_pretrained(tmp_path / "result")
     result.verify_model(tmp_path / "result", model)
     names = load_file(tmp_path / "result/model.safetensors").keys()
@@ -144,7 +135,7 @@ def test_a_tied_head_stays_one_with_its_embedding_though_peft_does_not_know_its_
     tmp_path: Path, saved: str
 ) -> None:
     folder = tiny.save_base(tmp_path / "base", "gpt2")
-    model = moved(tiny.load(folder, method={"type": "lora", "rank": 4, "modules_to_save": [saved]}))
+    model = tiny.moved(tiny.load(folder, method={"type": "lora", "rank": 4, "modules_to_save": [saved]}))
     assert is_tied(model.base)
     (whole,) = [weight for name, weight in model.trainable().items() if "lora_" not in name]
     assert whole.shape == (tiny.VOCABULARY, 32)

@@ -13,6 +13,7 @@ from tests.engine import tiny
 from worker.engine.loss import backward
 from worker.engine.models import profile_model
 
+SHAPE = tiny.SHAPE
 SAMPLES = tiny.some_samples(6)
 
 
@@ -61,21 +62,6 @@ def test_lora_takes_no_weight_gradient_of_the_frozen_base(tmp_path: Path) -> Non
     assert shape.hidden_size and shape.query_width and shape.key_value_width
     lowest = shape.hidden_size * (shape.query_width + 2 * shape.key_value_width + 3 * 4)
     assert planned == counted - beyond_the_diagonal(shape) + 2 * sum(SAMPLES.lengths) * lowest
-
-
-SHAPE = Architecture(
-    model_type="x",
-    hidden_size=8,
-    num_layers=2,
-    num_heads=2,
-    num_key_value_heads=1,
-    head_dim=4,
-    intermediate_size=16,
-    is_gated=True,
-    vocabulary=10,
-    num_unlimited_layers=2,
-    parameters=ParametersByKind(),
-)
 
 
 def flops(shape: Architecture, lengths: list[int], num_targets: int = 0) -> int | None:

@@ -52,14 +52,6 @@ def save_vision(folder: Path, family: str, vocabulary: int = tiny.VOCABULARY, **
     return folder
 
 
-def moved(model: LanguageModel) -> LanguageModel:
-    optimizer = torch.optim.AdamW(model.trainable().values(), lr=0.05)
-    tiny.gradients(model, tiny.step_of(tiny.some_samples()))
-    optimizer.step()
-    model.model.eval()
-    return model
-
-
 @pytest.mark.parametrize("family", VISION)
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_of_a_vision_model_the_text_part_is_trained_and_the_tower_handed_out_as_it_came(
@@ -74,7 +66,7 @@ def test_of_a_vision_model_the_text_part_is_trained_and_the_tower_handed_out_as_
     assert all(id(weight) in inside for weight in model.trainable().values())
     assert len(inside) < len(list(model.base.parameters())), "there is a tower"
     assert measure_leak(model, seed=1) == 0.0
-    _, packed = tiny.gradients(moved(model), tiny.step_of(tiny.some_samples()))
+    _, packed = tiny.gradients(tiny.moved(model), tiny.step_of(tiny.some_samples()))
     _, padded = tiny.gradients(model, tiny.step_of(tiny.some_samples(), "padded", 60, 4))
     assert tiny.difference(packed, padded) < 1e-5
     if method != "full":
@@ -154,7 +146,7 @@ def test_new_tokens_begin_at_the_mean_and_are_trained(
         assert all(row.any() for row in (grad if method != "full" else grad[list(new)]))
     if method != "full":
         assert all(grad.shape[0] == 2 for grad in trained.values()), "the rows of the new tokens alone"
-        moved(model)
+        tiny.moved(model)
         model.model.save_pretrained(tmp_path / "result", save_embedding_layers=False)
         result.verify_adapter(tmp_path / "result", model, folder, tiny.spec_of(method={"type": method}).method)
         again = tiny.load(

@@ -22,16 +22,6 @@ from worker.engine.records import SAMPLE_RECORD
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jobs.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jobs.make_data(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path) -> Path:
     """The run that nothing disturbed."""
     job = jobs.make_job(tmp_path_factory.mktemp("finished"), model, data)

@@ -19,16 +19,6 @@ BATCH = {"samples_per_step": 6, "micro_batch_size": 3}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jobs.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jobs.make_data(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
 def run_job(tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path) -> Any:
     """A finished job's plan, its steps and the records of its samples."""
 

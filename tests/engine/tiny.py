@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from core.architecture import Architecture, ParametersByKind
 from core.layout import lay_out
 from core.packing import PlanSettings, Segment, Step
 from core.preflight import StepWork
@@ -34,6 +35,20 @@ _SHARED = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+# Of a model that nobody made: without parameters beside its head, for counts that are checked by hand.
+SHAPE = Architecture(
+    model_type="x",
+    hidden_size=8,
+    num_layers=2,
+    num_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    intermediate_size=16,
+    is_gated=True,
+    vocabulary=10,
+    num_unlimited_layers=2,
+    parameters=ParametersByKind(),
+)
 FAMILIES: dict[str, dict] = {
     "llama": {},
     "qwen2": {},
@@ -150,6 +165,15 @@ def gradients(model: LanguageModel, step: StepBatch) -> tuple[float, dict[str, t
     model.model.zero_grad(set_to_none=True)
     loss = sum(float(backward(model, batch, step.num_targets).sum()) for batch in step.batches) / step.num_targets
     return loss, {name: weight.grad.clone() for name, weight in model.trainable().items() if weight.grad is not None}
+
+
+def moved(model: LanguageModel) -> LanguageModel:
+    """One large step away from where it began."""
+    optimizer = torch.optim.AdamW(model.trainable().values(), lr=0.05)
+    gradients(model, step_of(some_samples()))
+    optimizer.step()
+    model.model.eval()
+    return model
 
 
 def norm(parts: dict[str, torch.Tensor]) -> float:

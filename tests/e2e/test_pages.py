@@ -218,8 +218,10 @@ def test_what_a_trainer_writes_stays_text_while_it_comes_in(visit: Visit, scenes
 def test_the_form_says_as_one_types_what_will_happen_and_launches_once(visit: Visit, scenes: Scenes) -> None:
     page, before = visit.page, visit.stage.num_jobs()
     visit.go("/jobs/new?preset=demo")
+    wait_until(lambda: visit.stage.beat()["profiles"] or page.locator("svg.curve").count(), "the data is wanted")
     visit.stage.measure()
     page.locator("svg.curve").wait_for()
+    opened = page.locator("#preflight section.memory details")
     rate = page.locator("[id='schedule.learning_rate']")
     rate.fill("fast")
     visit.wait_for_text("#preflight", "fast is not one of")
@@ -229,10 +231,13 @@ def test_the_form_says_as_one_types_what_will_happen_and_launches_once(visit: Vi
     rate.type("2e-3")
     visit.wait_for_text("#preflight svg text", "2e-3")
     assert rate.input_value() == "2e-3" and page.evaluate("document.activeElement.id") == "schedule.learning_rate"
+    opened.last.locator("summary").click()
     # Writing into an alternative chooses it.
     page.fill("[id='schedule.max_steps']", "7")
     assert page.is_checked("[value=max_steps]")
     visit.wait_for_text("#preflight svg text", "step 7")
+    # What a person opened stays open from one report to the next.
+    assert opened.last.get_attribute("open") is not None and opened.first.get_attribute("open") is None
 
     page.locator("#launch").dblclick()
     page.wait_for_url("**/jobs/job_*")

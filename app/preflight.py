@@ -1,6 +1,6 @@
 """What a job would do, for programs: POST /api/v1/jobs/preflight, and a data set's profile."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Response
@@ -8,11 +8,26 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.preflight_memory import Memory, memory_of
+from app.preflight_packing import (
+    CostBasis,
+    Cut,
+    FirstRow,
+    LengthBin,
+    Lengths,
+    Way,
+    cost_basis,
+    lengths_of,
+    row_of,
+    way_of,
+    ways_of,
+)
 from app.problems import faults_lie_in_spec
 from app.profiles import Wanted, plan_for, read_result, want_profiles
 from app.services import AnyServices
 from core.errors import Reason, UserError
-from core.layout import WayReport
+from core.lengths import bin_lengths, compare_cuts
+from core.packing import as_lengths
+from core.packing_report import busiest_share, first_row, report_lengths
 from core.preflight import JobPlan
 from core.profile import DataProfile, TokenPreview
 from core.schedule import lr_at
@@ -21,7 +36,6 @@ from core.spec import parse_spec
 router = APIRouter()
 
 RETRY_AFTER_S = 1
-HISTOGRAM_BINS = 40
 MAX_CURVE_STEPS = 100_000
 
 
@@ -44,23 +58,6 @@ class Choice(BaseModel):
     reason: str
 
 
-class Way(BaseModel):
-    """One way to lay the first epoch out; the job's own is the first."""
-
-    mode: str
-    algorithm: str  # of packed rows
-    steps_per_epoch: int
-    rows: int
-    tokens: int
-    slots: int
-    padding_efficiency: float
-    padded_efficiency: float
-    fill: float
-    cuts: int
-    targets_lost: int
-    is_exact: bool  # rows and slots of long epochs are estimated from steps spread evenly
-
-
 class Preflight(BaseModel):
     total_steps: int
     steps_per_epoch: int
@@ -74,7 +71,12 @@ class Preflight(BaseModel):
     verdict: list[Remark]  # empty: nothing to remark. What can't run is a 422 instead
     choices: list[Choice]  # what each `auto` became, and why
     counts: dict[str, int]  # every row, sample and trained token under what becomes of it
-    ways: list[Way]
+    ways: list[Way]  # the job's own is the first
+    baseline: Way  # plain padding, 8 samples to a batch in their order: what costs are relative to
+    cost_basis: CostBasis  # slots where the model's sizes are not known
+    busiest_rank_share: float | None  # of the slots of the first steps; null with one rank
+    first_row: FirstRow
+    histogram: Lengths
     memory: Memory
     max_length: int
     row_length: int
@@ -100,11 +102,6 @@ class ProfileQuery(BaseModel):
     chat_template: str | None = None
 
 
-class LengthBin(BaseModel):
-    below: int  # tokens
-    samples: int
-
-
 class ProfileView(BaseModel):
     state: Literal["ready"] = "ready"
     format: str
@@ -117,7 +114,8 @@ class ProfileView(BaseModel):
     trained_tokens: int
     longest: int  # tokens
     samples_beyond: int | None  # longer than the max_length that was asked about
-    histogram: list[LengthBin]
+    histogram: list[LengthBin]  # of all samples
+    cuts: list[Cut]  # at lengths worth comparing, of the samples that have something to teach
     preview: tuple[TokenPreview, ...]
 
 
@@ -150,7 +148,12 @@ def preflight_of(plan: JobPlan) -> Preflight:
             "learning_rate": [lr_at(plan.schedule, step) for step in range(0, plan.total_steps + 1, stride)],
             "learning_rate_stride": stride,
             "verdict": list(remarks(plan.all_counts)),
-            "ways": [_way(way) for way in plan.packing.ways],
+            "ways": ways_of(plan.packing),
+            "baseline": way_of(plan.packing, plan.packing.baseline),
+            "cost_basis": cost_basis(plan.packing),
+            "busiest_rank_share": busiest_share(plan),
+            "first_row": row_of(first_row(plan)),
+            "histogram": lengths_of(report_lengths(plan)),
             "memory": memory_of(plan.memory),
             "choices": [Choice(field=c.field, value=c.value, reason=c.text()) for c in plan.choices],
         }
@@ -187,23 +190,6 @@ def saved_by_whole(counts: dict[str, int]) -> Reason | None:
     return Reason("verdict.whole_saves", {"whole": whole, "split": split, "ratio": f"{split / whole:.2f}"})
 
 
-def _way(way: WayReport) -> Way:
-    return Way(
-        mode=way.mode,
-        algorithm=way.algorithm,
-        steps_per_epoch=way.steps_per_epoch,
-        rows=way.rows,
-        tokens=way.tokens,
-        slots=way.slots,
-        padding_efficiency=way.padding_efficiency,
-        padded_efficiency=way.padded_efficiency,
-        fill=way.fill,
-        cuts=way.num_cuts,
-        targets_lost=way.targets_lost,
-        is_exact=way.is_exact,
-    )
-
-
 def _profiling(wanted: Wanted) -> Response:
     body = Profiling(profiles={name: profile.state for name, profile in wanted.profiles.items()})
     return JSONResponse(body.model_dump(), status_code=202, headers={"Retry-After": str(RETRY_AFTER_S)})
@@ -223,11 +209,13 @@ def get_profile(name: str, asked: Annotated[ProfileQuery, Query()], services: An
     wanted.refuse_failed()
     if not wanted.is_ready:
         return _profiling(wanted)  # type: ignore[return-value]  # a Response
-    return view_of(read_result(wanted.profiles[name]), asked.max_length)
+    context_length = wanted.model.profile.context_length
+    return view_of(read_result(wanted.profiles[name]), asked.max_length, context_length)
 
 
-def view_of(profile: DataProfile, max_length: int | None) -> ProfileView:
+def view_of(profile: DataProfile, max_length: int | None, context_length: int) -> ProfileView:
     lengths = profile.sample_length
+    bins = bin_lengths(as_lengths(lengths), as_lengths(profile.sample_trained))
     return ProfileView(
         format=profile.format,
         multi_turn=profile.multi_turn,
@@ -239,15 +227,7 @@ def view_of(profile: DataProfile, max_length: int | None) -> ProfileView:
         trained_tokens=sum(profile.sample_trained),
         longest=max(lengths, default=0),
         samples_beyond=None if max_length is None else sum(length > max_length for length in lengths),
-        histogram=_histogram(lengths),
+        histogram=[LengthBin.model_validate(each) for each in bins],
+        cuts=[Cut.model_validate(cut) for cut in compare_cuts(profile, context_length).cuts],
         preview=profile.preview,
     )
-
-
-def _histogram(lengths: Sequence[int]) -> list[LengthBin]:
-    """Equal bins up to the longest sample."""
-    width = max(lengths, default=0) // HISTOGRAM_BINS + 1
-    counts = [0] * (max(lengths, default=0) // width + 1)
-    for length in lengths:
-        counts[length // width] += 1
-    return [LengthBin(below=(index + 1) * width, samples=count) for index, count in enumerate(counts)]

@@ -3,6 +3,9 @@
 A `Cut` is what a job makes of a data set at one `data.max_length`, when it drops what is longer and packs the rest into
 rows of that length: exact, by the function that packs the job. `candidate_lengths` picks the few limits that are worth
 comparing, so that a page can hold all of them and show another one at once.
+
+Only samples with something to teach count here: the others are never trained on. Nothing is held out for validation,
+which a job decides.
 """
 
 from collections.abc import Iterable
@@ -10,14 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from core.errors import Reason
 from core.packing import IntArray, count_rows, fill
+from core.presets import LENGTH_MULTIPLE, auto_max_length
 from core.profile import DataProfile
 
-HISTOGRAM_BINS = 40
+BINS_PER_OCTAVE = 4
 MOST_CANDIDATES = 16
-# Candidates are multiples of this, as `auto` has them; of shorter samples, of less.
-LENGTH_STEP = 64  # tokens
-LEAST_STEPS = 16  # up to the longest sample
+LEAST_STEPS = (
+    16  # up to the longest sample: where samples are short, candidates are multiples of less than `auto` takes
+)
 QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
 
 
@@ -66,16 +71,18 @@ def of_teaching(profile: DataProfile) -> tuple[IntArray, IntArray]:
 
 
 def bin_lengths(lengths: IntArray, trained: IntArray) -> tuple[LengthBin, ...]:
-    """Equal bins up to the longest sample."""
-    longest = int(lengths.max(initial=0))
-    width = longest // HISTOGRAM_BINS + 1
-    bins = lengths // width
-    num_bins = longest // width + 1
-    samples = np.bincount(bins, minlength=num_bins).tolist()
-    trained_tokens = np.bincount(bins, weights=trained, minlength=num_bins).tolist()
+    """From the shortest to the longest sample. Each bin reaches 19 % further than the one before: lengths spread over
+    orders of magnitude, and one long sample must not press all others into a corner."""
+    if len(lengths) == 0:
+        return ()
+    octaves = int(lengths.max()).bit_length()
+    edges = np.unique(np.rint(2 ** (np.arange(octaves * BINS_PER_OCTAVE + 1) / BINS_PER_OCTAVE)).astype(np.int64))
+    bins = np.searchsorted(edges, lengths, side="right") - 1
+    samples = np.bincount(bins, minlength=len(edges))
+    trained_tokens = np.bincount(bins, weights=trained, minlength=len(edges))
     return tuple(
-        LengthBin(index * width, (index + 1) * width, num_samples, round(tokens))
-        for index, (num_samples, tokens) in enumerate(zip(samples, trained_tokens, strict=True))
+        LengthBin(int(edges[index]), int(edges[index + 1]), int(samples[index]), round(float(trained_tokens[index])))
+        for index in range(int(bins.min()), int(bins.max()) + 1)
     )
 
 
@@ -86,7 +93,7 @@ def candidate_lengths(lengths: IntArray, limit: int | None = None, also: Iterabl
         return ()
     shortest, longest = int(lengths.min()), int(lengths.max())
     most = longest if limit is None else min(longest, limit)
-    step = LENGTH_STEP
+    step = LENGTH_MULTIPLE
     while step > 1 and step * LEAST_STEPS > longest:
         step //= 2
 
@@ -105,6 +112,15 @@ def candidate_lengths(lengths: IntArray, limit: int | None = None, also: Iterabl
     return tuple(sorted(found | set(also)))
 
 
+def choose_length(
+    lengths: IntArray, trained: IntArray, context_length: int, row_length: int | None
+) -> tuple[int, Reason]:
+    """What `auto` becomes: by the histogram, what all samples of a length lose together."""
+    distinct, place = np.unique(lengths, return_inverse=True)
+    targets = np.bincount(place, weights=trained).astype(np.int64)
+    return auto_max_length(distinct.tolist(), targets.tolist(), context_length, row_length)
+
+
 def cut_at(max_length: int, lengths: IntArray, trained: IntArray) -> Cut:
     is_kept = lengths <= max_length
     kept = lengths[is_kept]
@@ -118,4 +134,36 @@ def cut_at(max_length: int, lengths: IntArray, trained: IntArray) -> Cut:
         tokens=tokens,
         trained_tokens=trained_tokens,
         rows=count_rows(kept, max_length),
+    )
+
+
+@dataclass(frozen=True)
+class CutReport:
+    """A data set's samples under one limit after the other."""
+
+    samples: int  # that have something to teach
+    tokens: int
+    trained_tokens: int
+    longest: int  # tokens
+    bins: tuple[LengthBin, ...]
+    cuts: tuple[Cut, ...]  # the shortest first
+    auto: int | None  # tokens: what data.max_length: auto becomes if nothing is held out; None without a sample
+
+
+def compare_cuts(profile: DataProfile, context_length: int | None = None, also: Iterable[int] = ()) -> CutReport:
+    """`context_length` is the model's, where it is known."""
+    lengths, trained = of_teaching(profile)
+    longest = int(lengths.max(initial=0))
+    auto = None
+    if len(lengths):
+        auto, _ = choose_length(lengths, trained, context_length or longest + LENGTH_MULTIPLE, None)
+        also = (auto, *also)
+    return CutReport(
+        samples=len(lengths),
+        tokens=int(lengths.sum()),
+        trained_tokens=int(trained.sum()),
+        longest=longest,
+        bins=bin_lengths(lengths, trained),
+        cuts=tuple(cut_at(limit, lengths, trained) for limit in candidate_lengths(lengths, context_length, also)),
+        auto=auto,
     )

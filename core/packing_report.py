@@ -3,6 +3,7 @@ it will be computed, how evenly ranks share the work, and the lengths that `data
 
 from dataclasses import dataclass
 
+from core.layout import num_slots, pad_pieces
 from core.lengths import LengthBin, bin_lengths
 from core.packing import Segment
 from core.preflight import JobPlan
@@ -16,12 +17,9 @@ class RowReport:
 
     segments: tuple[Segment, ...]
     targets: tuple[int, ...]
+    pads: tuple[int, ...]  # the pad in pieces, as attention takes it
     width: int  # positions that are computed
     row_length: int | None  # its capacity; None where rows have none
-
-    @property
-    def num_pads(self) -> int:
-        return self.width - sum(segment.length for segment in self.segments)
 
     @property
     def seen_share(self) -> float:
@@ -36,10 +34,13 @@ def first_row(plan: JobPlan) -> RowReport:
     micro_batch = work.layout.ranks[0][0]
     row = micro_batch[0]
     assert row, "a rank's first pass is no dummy"
+    width = num_slots(micro_batch) // len(micro_batch)
+    longest = max(segment.length for other in micro_batch for segment in other)
     return RowReport(
         segments=row,
         targets=tuple(work.targets[segment] for segment in row),
-        width=max(sum(segment.length for segment in other) for other in micro_batch),
+        pads=tuple(pad_pieces(width - sum(segment.length for segment in row), longest)),
+        width=width,
         row_length=plan.settings.row_length if plan.settings.mode == "packed" else None,
     )
 

@@ -28,8 +28,9 @@ import numpy.typing as npt
 
 from core.errors import Parameter, Reason, UserError
 from core.events import Choice
+from core.lengths import choose_length
 from core.packing import IntArray, Segment
-from core.presets import LOSS_TOLERATED, auto_max_length, auto_num_validation_rows, refuse_above_context
+from core.presets import LOSS_TOLERATED, auto_num_validation_rows, refuse_above_context
 from core.profile import Column, DataProfile
 from core.spec import JobSpec, ValidationDataset, ValidationFraction
 
@@ -216,7 +217,9 @@ def select(spec: JobSpec, data: Mapping[str, DataProfile], context_length: int) 
         raise _no_samples(counts, {"without a trained token": len(train)})
     max_length = spec.data.max_length
     if max_length == "auto":
-        max_length, reason = _auto_max_length(samples, teaching, context_length, spec.packing.row_length)
+        max_length, reason = choose_length(
+            samples.lengths[teaching], samples.trained[teaching], context_length, spec.packing.row_length
+        )
         choices = (*choices, choice("data.max_length", max_length, reason))
     if spec.data.overlong is None:
         _refuse_great_loss(samples, teaching, max_length, context_length)
@@ -306,15 +309,6 @@ def _hold_out(spec: JobSpec, hashes: npt.NDArray[np.uint64], taken: BoolArray) -
 
 
 # -- lengths ---------------------------------------------------------------------------------------------------------
-
-
-def _auto_max_length(
-    samples: Samples, teaching: IntArray, context_length: int, row_length: int | None
-) -> tuple[int, Reason]:
-    """By the histogram: what all samples of a length lose together."""
-    lengths, place = np.unique(samples.lengths[teaching], return_inverse=True)
-    targets = np.bincount(place, weights=samples.trained[teaching]).astype(np.int64)
-    return auto_max_length(lengths.tolist(), targets.tolist(), context_length, row_length)
 
 
 def _refuse_great_loss(samples: Samples, teaching: IntArray, max_length: int, context_length: int) -> None:

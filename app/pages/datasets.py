@@ -1,20 +1,25 @@
 """Data sets: what was uploaded, what of it was refused and why, and how the model sees it."""
 
 import json
-import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from sqlalchemy import String, cast
 from sqlmodel import Session, col, select
 
 from app.datasets import store
+from app.models import known_models
 from app.pages.job_row import read_rows
+from app.pages.packing_drawing import CutTable, draw_cuts
+from app.profiles import read_result
 from app.services import AnyServices
 from app.tables import Dataset, DatasetVersion, Job, Profile
+from core.lengths import compare_cuts
+from core.presets import refuse_above_context
 from core.profile import DataProfile, TokenPreview
 
 router = APIRouter(include_in_schema=False)
@@ -42,10 +47,17 @@ def datasets_page(request: Request, services: AnyServices) -> Response:
 
 
 @router.get("/datasets/{name}")
-def dataset_page(request: Request, services: AnyServices, name: str, version: str = "") -> Response:
+def dataset_page(
+    request: Request,
+    services: AnyServices,
+    name: str,
+    version: str = "",
+    max_length: Annotated[int | None, Query(ge=1)] = None,  # tokens
+) -> Response:
     with services.database.read() as session:
         found = store.find(session, f"{name}@{version}" if version else name)
-        profile = _profile(session, found.version)
+        measured = _measured(session, found.version)
+        profile = _view(measured) if measured else None
         # The rows of Parquet are read by a host, so which of them are refused is known once it has measured them.
         is_parquet = found.version.kind.startswith("parquet")
         facts = profile if is_parquet and profile else found.version.model_dump()
@@ -58,6 +70,8 @@ def dataset_page(request: Request, services: AnyServices, name: str, version: st
                 for shown in found.version.preview[:MOST_ROWS]
             ],
             "profile": profile,
+            "cuts": _cuts(measured, max_length) if measured else None,
+            "asked_version": version,
             "is_parquet": is_parquet,
             "num_refused": facts["num_refused"],
             "refused": facts["refused"],
@@ -73,27 +87,49 @@ def _jobs_that_used(session: Session, dataset: Dataset) -> Sequence[Job]:
     return [job for job in jobs if dataset.name in store.names_in(job.spec)]
 
 
-def _profile(session: Session, version: DatasetVersion) -> dict[str, Any] | None:
-    """The newest measured one, whatever its model."""
+@dataclass(frozen=True)
+class Measured:
+    """The newest profile of a data set, whatever its model."""
+
+    model: str
+    context_length: int | None  # tokens; None where no host has these files of the model any more
+    facts: DataProfile
+
+
+def _measured(session: Session, version: DatasetVersion) -> Measured | None:
     row = session.exec(
         select(Profile)
         .where(Profile.data_sha256 == version.sha256, Profile.state == "ready")
         .order_by(col(Profile.ready_at).desc())
     ).first()
-    if row is None or row.result is None:
+    if row is None:
         return None
-    profile = DataProfile.model_validate_json(zlib.decompress(row.result))
-    num_tokens = sum(profile.sample_length)
+    model = next((m.profile for m in known_models(session) if m.profile.content_hash == row.model_hash), None)
+    return Measured(row.model, None if model is None else model.context_length, read_result(row))
+
+
+def _view(measured: Measured) -> dict[str, Any]:
+    facts = measured.facts
+    num_tokens = sum(facts.sample_length)
     return {
-        "model": row.model,
-        "num_samples": len(profile.sample_length),
+        "model": measured.model,
+        "context_length": measured.context_length,
+        "num_samples": len(facts.sample_length),
         "num_tokens": num_tokens,
-        "trained_share": sum(profile.sample_trained) / num_tokens if num_tokens else None,
-        "num_refused": profile.num_refused,
-        "refused": profile.refused,
-        "longest": max(profile.sample_length, default=0),
-        "preview": [{"line": sample.line, "runs": list(runs(sample))} for sample in profile.preview[:MOST_SAMPLES]],
+        "trained_share": sum(facts.sample_trained) / num_tokens if num_tokens else None,
+        "num_refused": facts.num_refused,
+        "refused": facts.refused,
+        "longest": max(facts.sample_length, default=0),
+        "preview": [{"line": sample.line, "runs": list(runs(sample))} for sample in facts.preview[:MOST_SAMPLES]],
     }
+
+
+def _cuts(measured: Measured, asked: int | None) -> CutTable | None:
+    """Raises UserError plan.above_context, as a job with that limit would."""
+    if asked is not None and measured.context_length is not None:
+        refuse_above_context(asked, measured.context_length)
+    also = () if asked is None else (asked,)
+    return draw_cuts(compare_cuts(measured.facts, measured.context_length, also), asked)
 
 
 def runs(sample: TokenPreview) -> Iterator[tuple[bool, str]]:

@@ -8,13 +8,13 @@ from typing import Any
 import yaml
 
 from app.forms import FormState, as_text, spec_of_form, written_spec
-from app.pages import format
 from app.pages.environment import translate
 from app.pages.memory_bars import draw_memory
+from app.pages.packing_drawing import packing_context
 from app.preflight import remarks, saved_by_whole
 from app.profiles import plan_for
 from app.services import Services
-from core.errors import N_, TEXTS, USER_FAULTS, Reason
+from core.errors import TEXTS, USER_FAULTS, Reason
 from core.preflight import JobPlan
 from core.schedule import Schedule, lr_at
 from core.spec import JobSpec, parse_spec
@@ -23,15 +23,6 @@ CURVE_WIDTH, CURVE_HEIGHT = 360, 120
 MOST_CURVE_POINTS = 240
 
 OF_HOSTS = ("model.", "profile.")  # errors that end without anything being typed
-
-WAY_TITLES: dict[tuple[str, str], str] = {
-    ("packed", "best_fit"): N_("packed"),
-    ("packed", "sequential"): N_("packed in the samples' order"),
-    ("packed", "wrapped"): N_("packed, samples cut at row ends"),
-    ("padding_free", "best_fit"): N_("padding-free"),
-    ("grouped", "best_fit"): N_("padded, grouped by length"),
-    ("padded", "best_fit"): N_("padded, as this form says"),
-}
 
 
 @dataclass(frozen=True)
@@ -76,16 +67,13 @@ def preflight_context(services: Services, state: FormState) -> dict[str, Any]:
 
 def _report(plan: JobPlan) -> dict[str, Any]:
     facts = plan.plan_event()
-    mine = plan.packing.mine
     saved = saved_by_whole(plan.all_counts)
     return facts | {
         "peak": plan.schedule.peak,
         "last": lr_at(plan.schedule, plan.total_steps),
-        "mode_title": translate(WAY_TITLES[mine.mode, mine.algorithm]),
-        "ratio": format.significant(mine.padding_efficiency / mine.padded_efficiency, 2),
-        "rows_make_steps": plan.settings.rows_are_planned,
         "saved_by_whole": None if saved is None else saved.text(translate),
         "choices": told_choices(facts["choices"]),
+        "packing": packing_context(plan),
         "memory": draw_memory(plan.memory),
         "why_no_memory": plan.memory.unknown,
     }

@@ -332,11 +332,11 @@ def test_the_panel_names_the_way_and_warns_of_what_is_cut(house: House) -> None:
     for value in ("padding_free", "grouped", "wrapped", "sequential", "truncate", "split"):
         assert re.search(rf'<option value="{value}"(?! disabled)', form), value
     by_samples = panel(packing__mode="padding_free")
-    assert "padding-free" in by_samples and "The steps are the same" in by_samples
+    assert "padding-free" in by_samples and "Every way makes the same" in by_samples
     assert "a sample for each turn would be" in by_samples
     assert "padded, grouped by length" in panel(packing__mode="grouped", batch__micro_batch_size="4")
     wrapped = panel(packing__algorithm="wrapped", batch="rows_per_step", batch__rows_per_step="3")
-    assert "packed, samples cut at row ends" in wrapped and "The steps are the same" not in wrapped
+    assert "packed, samples cut at row ends" in wrapped and "Every way makes the same" not in wrapped
     assert "trained tokens are lost an epoch where wrapped rows cut samples" in wrapped
     cut = panel(data__max_length="100", data__overlong="truncate")
     assert "samples are longer than max_length and are truncated" in cut

@@ -1,11 +1,13 @@
 """Limits on length: exact against packing again, few, and worth comparing."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.lengths import HISTOGRAM_BINS, MOST_CANDIDATES, bin_lengths, candidate_lengths, cut_at
+from core.lengths import MOST_CANDIDATES, bin_lengths, candidate_lengths, cut_at
 from core.packing import best_fit, count_rows
 
 any_lengths = st.lists(st.integers(1, 6000), min_size=1, max_size=200).map(np.array)
@@ -63,8 +65,16 @@ def test_a_histogram_holds_every_sample_once(longest):
     lengths = np.append(np.arange(1, longest + 1), longest)
     trained = lengths // 2
     bins = bin_lengths(lengths, trained)
-    assert len(bins) <= HISTOGRAM_BINS + 1 and bins[-1].samples > 0 and bins[-1].start <= longest < bins[-1].below
+    assert len(bins) <= 52 and bins[0].start == 1 and bins[-1].start <= longest < bins[-1].below
+    assert all(first.below == second.start for first, second in pairwise(bins))
     for each in bins:
         inside = (lengths >= each.start) & (lengths < each.below)
         assert (each.samples, each.trained_tokens) == (inside.sum(), trained[inside].sum())
     assert sum(each.samples for each in bins) == len(lengths)
+
+
+def test_a_histogram_of_nothing_is_empty_and_one_long_sample_takes_few_bins():
+    none = np.array([], dtype=np.int64)
+    assert bin_lengths(none, none) == ()
+    lengths = np.append(np.arange(100, 200), 12_000)
+    assert [each.samples > 0 for each in bin_lengths(lengths, lengths)].index(False) >= 4

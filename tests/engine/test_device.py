@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from core.errors import UserError
-from worker.engine.device import find_device
+from core.wire import Device
+from worker.engine.device import find_device, standing_for_all
 from worker.engine.ending import outcome_of
 
 
@@ -17,3 +18,10 @@ def test_a_gpu_that_torch_cannot_use_never_becomes_a_cpu() -> None:
         find_device("gpu0")
     assert error.value.code == "engine.no_device" and "gpu0" in str(error.value)
     assert outcome_of(error.value, "start", 0, None).code == 70, "no spec can mend it"
+
+
+def test_of_unlike_devices_a_plan_counts_on_what_each_of_them_has() -> None:
+    large = Device(id="gpu0", kind="gpu", name="large", memory_bytes=80, has_bf16=False)
+    small = Device(id="gpu1", kind="gpu", name="small", memory_bytes=24, has_bf16=True)
+    assert standing_for_all([large, small]) == large.model_copy(update={"memory_bytes": 24})
+    assert standing_for_all([small, large]) == small.model_copy(update={"has_bf16": False})

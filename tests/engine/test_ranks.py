@@ -56,6 +56,9 @@ DROPOUT = {**WHOLE, "method": {**LORA, "dropout": 0.3}, "schedule": {"learning_r
 RESUMED = (("whole", WHOLE, STAGES), ("dropout", DROPOUT, (0, 3)))
 # (from stage, to stage), both on two ranks
 CROSSINGS = ((3, 0), (0, 2), (2, 3))
+# Bytes that each rank finds on its device, of which a small one asks for what saves memory.
+UNLIKE = {"both large": (1 << 40, 1 << 40), "one small": (1 << 40, 1 << 20)}
+CHOSEN = {"method": {"type": "full"}, "schedule": {"learning_rate": 1e-3, "max_steps": 1}}
 
 
 def two_ranks(stage: int) -> dict:
@@ -125,6 +128,9 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     for before, after in CROSSINGS:
         begun = ground.root / f"whole/{before}/checkpoints/step-2"
         ground.order(f"crossed/{before}-{after}", **WHOLE, **two_ranks(after), resume=(begun,))
+    for name, memory_bytes in UNLIKE.items():
+        job = ground.order(f"unlike/{name}", **CHOSEN, parallel={"devices": 2}, trial=Trial(steps=1))
+        (job / "memory_bytes.json").write_text(json.dumps(memory_bytes))
     ground.run()
     return ground
 
@@ -218,6 +224,17 @@ def test_all_samples_of_all_ranks_are_recorded(ground: Ground) -> None:
             mine = records[records["step"] == step["step"]]
             assert len(mine) == 4 and mine["targets"].sum() == step["trained_tokens"]
             assert mine["loss_sum"].sum() / step["trained_tokens"] == pytest.approx(step["loss"], rel=1e-5)
+
+
+def test_unlike_devices_are_planned_for_as_one_by_the_smallest(ground: Ground) -> None:
+    chosen = {}
+    for name in UNLIKE:
+        job = ground.root / "unlike" / name
+        (plan,) = jobs.events_of(job, "plan")
+        values = {choice["field"]: choice["value"] for choice in plan["choices"]}
+        chosen[name] = values["compute.gradient_checkpointing"]
+        assert len(trial_of(job).losses) == 1
+    assert chosen == {"both large": False, "one small": True}
 
 
 @pytest.mark.parametrize(("before", "after"), CROSSINGS)

@@ -54,7 +54,7 @@ from worker.engine import checkpoint
 from worker.engine.batches import Ahead, StepBatch, make_batch, steps_from
 from worker.engine.checkpoint import Manifest, NoSpace, Progress
 from worker.engine.data import Corpus, load_corpus
-from worker.engine.device import find_device
+from worker.engine.device import find_device, standing_for_all
 from worker.engine.emit import Emitter, NoEmitter
 from worker.engine.ending import Diverged, culprits_outcome, outcome_of, write_first
 from worker.engine.evaluate import answer, evaluate
@@ -187,7 +187,8 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     run.spec = asked
     refuse_unbuilt(asked)
     refuse_other_ranks(ranks, inputs, asked)
-    device, device_facts = find_device(inputs.devices[ranks.local_rank % len(inputs.devices)], ranks.local_rank)
+    device, own_facts = find_device(inputs.devices[ranks.local_rank % len(inputs.devices)], ranks.local_rank)
+    device_facts = standing_for_all(ranks.gather(own_facts))
     resumed = None
     if ranks.is_first:
         run.checkpoints.mkdir(exist_ok=True)

@@ -267,6 +267,29 @@ def test_a_file_is_uploaded_with_its_refused_rows_named(visit: Visit, tmp_path: 
     visit.complaints.clear()
 
 
+def test_the_slider_of_a_data_set_shows_each_limit_without_asking_again(visit: Visit, scenes: Scenes) -> None:
+    def profile() -> Any:
+        return visit.stage.api.get("/datasets/demo-dialogues/profile", params={"model": "demo/tiny-llama"})
+
+    if profile().status_code == 202:
+        visit.stage.measure()
+    cuts = profile().json()["cuts"]
+    visit.go("/datasets/demo-dialogues")
+    page, asked = visit.page, []
+    page.on("request", lambda request: asked.append(request.url))
+    slider = page.locator("#cut")
+    slider.focus()
+    seen = []
+    for key in ("Home", "ArrowRight", "End"):
+        slider.press(key)
+        seen.append([page.inner_text("[data-text=rows]"), page.locator(".cut").get_attribute("x1")])
+    for (rows, _), cut in zip(seen, (cuts[0], cuts[1], cuts[-1]), strict=True):
+        assert rows == f"{cut['rows']:,}"
+    assert len({rows for rows, _ in seen}) == len({x for _, x in seen}) == 3
+    assert page.input_value("#max_length") == str(cuts[-1]["max_length"])
+    assert asked == []
+
+
 def test_the_theme_is_chosen_and_kept(visit: Visit, scenes: Scenes) -> None:
     visit.go(f"/jobs/{scenes.succeeded}")
     page = visit.page

@@ -118,6 +118,7 @@ TEXTS: dict[str, str] = {
     "warmup.single_step": N_("the run has a single step, so there is none to warm up on"),
     "warmup.steps": N_("as given, of {total_steps} steps"),
     # -- auto: what it became and why ----------------------------------------------------------------------------
+    "auto.as_begun": N_("so the run began, and so it goes on from step {step}"),
     "auto.attention_cpu": N_("on a CPU, PyTorch's own flash kernel runs once for each sample: exact, O(N) memory"),
     "auto.attention_gpu": N_(
         "PyTorch's own flash attention takes all samples of a row in one call: exact, O(N) memory; "

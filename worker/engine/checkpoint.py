@@ -82,6 +82,9 @@ class Manifest(BaseModel):
     progress: Progress
     world: int = 1  # ranks
     zero_stage: int = 0
+    # None in a checkpoint from before these were told.
+    offload: str | None = None
+    gradient_checkpointing: bool | None = None
     has_whole_moments: bool = True  # False: each rank's moments are of use to ranks of the same parts alone
     threads: int
     versions: dict[str, str]
@@ -130,6 +133,7 @@ def save(
     folder, the first does the rest. Raises NoSpace on all of them, and then leaves nothing behind."""
     staging = folder / ranks.from_first(f".tmp-{progress.step}-{secrets.token_hex(4)}")
     final = folder / f"step-{progress.step}"
+    recomputes = spec.compute.gradient_checkpointing
     try:
         with _all_have_room(ranks):
             if ranks.is_first:
@@ -145,6 +149,8 @@ def save(
                     progress=progress,
                     world=ranks.size,
                     zero_stage=0 if spec.parallel.zero_stage == "auto" else spec.parallel.zero_stage,
+                    offload=None if spec.parallel.offload == "auto" else spec.parallel.offload,
+                    gradient_checkpointing=None if recomputes == "auto" else recomputes,
                     has_whole_moments=spec.optimizer.name == "adamw",
                     threads=threads,
                     versions=versions(),

@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from core.wire import MeasuredProfile
 from core.zero import Loaded, refuse_unproven, uses_deepspeed
 from worker.engine import checkpoint
 from worker.engine.batches import Ahead, StepBatch, make_batch, steps_from
+from worker.engine.begun import plan_as_begun
 from worker.engine.checkpoint import Manifest, NoSpace, Progress
 from worker.engine.data import Corpus, load_corpus
 from worker.engine.device import find_device, standing_for_all
@@ -220,7 +221,7 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     def plan_of(spec: JobSpec) -> JobPlan:
         return plan_job(spec, corpus.profiles, profile, device_facts)
 
-    plan = plan_of(asked)
+    plan = plan_as_begun(asked, resumed[1] if resumed else None, plan_of, emitter.warn)
     run.spec = plan.spec
     refuse_unproven(plan.spec, Loaded.of(profile.shape, num_new_tokens=len(tokenizer.added_ids)))
     ranks.agree_on("the plan", plan_hash(plan))
@@ -253,7 +254,7 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     if plan.settings.mode in ("packed", "padding_free"):
         leak = ranks.from_first(measure_leak(model, asked.seed))
         if leaks(model, leak):
-            plan = one_sample_a_row(run, plan, asked, leak, plan_of)
+            plan = one_sample_a_row(run, plan, leak, plan_of)
     run.plan_fields = {
         **plan.plan_event(),
         **report_weights(model.model).plan_event(),
@@ -534,16 +535,15 @@ def write_profiles(path: Path, corpus: Corpus) -> None:
     write_atomically(path, TypeAdapter(list[MeasuredProfile]).dump_json(measured))
 
 
-def one_sample_a_row(
-    run: Run, plan: JobPlan, asked: JobSpec, leak: float, plan_of: Callable[[JobSpec], JobPlan]
-) -> JobPlan:
+def one_sample_a_row(run: Run, plan: JobPlan, leak: float, plan_of: Callable[[JobSpec], JobPlan]) -> JobPlan:
     """The same steps with each sample alone, for a model on which packed ones see each other.
 
     Raises UserError engine.leak where steps are made of rows, which would then be other steps."""
-    if batch_key(asked.batch) == "rows_per_step":
+    if batch_key(plan.spec.batch) == "rows_per_step":
         raise UserError("engine.leak", "packing.mode", leak=leak)
-    one_a_row = asked.packing.model_copy(update={"mode": "padded", "algorithm": "best_fit"})
-    alone = plan_of(asked.model_copy(update={"packing": one_a_row}))
+    # The model lies already as the first plan chose, so nothing is chosen anew.
+    one_a_row = plan.spec.packing.model_copy(update={"mode": "padded", "algorithm": "best_fit"})
+    alone = replace(plan_of(plan.spec.model_copy(update={"packing": one_a_row})), choices=plan.choices)
     packed, padded = plan.packing.mine, plan.packing.of("padded")
     run.spec = alone.spec
     run.emitter.warn(

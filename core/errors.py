@@ -169,6 +169,33 @@ TEXTS: dict[str, str] = {
         "{needed}"
     ),
     "auto.zero_one_device": N_("with one device there is nothing to shard over"),
+    # -- change: what a job changes against a baseline -----------------------------------------------------------
+    "change.data": N_("it learns from other data"),
+    "change.dropout": N_(
+        "dropout {dropout} draws its masks for another layout, so losses differ by chance and by no more"
+    ),
+    "change.fewer_slots": N_("{ratio}x fewer slots an epoch"),
+    "change.keep": N_("to keep the optimisation set {settings}"),
+    "change.model": N_("the model is {after} instead of {before}"),
+    "change.more_slots": N_("{ratio}x more slots an epoch"),
+    "change.not_measured": N_("not compared: the data has not been measured as {fields} would have it"),
+    "change.not_runnable": N_("not compared: {problem}"),
+    "change.num_samples": N_("{after:,} samples are trained instead of {before:,}"),
+    "change.order": N_("as many steps of as many samples, but other samples meet in a step"),
+    "change.peak": N_("the learning rate rises to {after} instead of {before}"),
+    "change.same": N_("the same {steps:,} steps on the same samples, with about as many slots"),
+    "change.same_fewer_slots": N_("the same {steps:,} steps on the same samples, {ratio}x fewer slots"),
+    "change.same_more_slots": N_("the same {steps:,} steps on the same samples, {ratio}x more slots"),
+    "change.samples": N_("other samples are trained, or other parts of them"),
+    "change.samples_per_step": N_("a step learns from {after} samples on average instead of {before}"),
+    "change.steps": N_("{before:,} steps become {after:,}"),
+    "change.steps_and_warmup": N_(
+        "{before:,} steps become {after:,}, the warm-up {warmup_after:,} steps instead of {warmup_before:,}"
+    ),
+    "change.steps_per_epoch": N_("an epoch has {after:,} steps instead of {before:,}"),
+    "change.trained_tokens": N_("{after:,} trained tokens in all instead of {before:,}"),
+    "change.value": N_("{field} is {after} instead of {before}"),
+    "change.warmup": N_("the warm-up is {warmup_after:,} steps instead of {warmup_before:,}"),
     # -- engine --------------------------------------------------------------------------------------------------
     "certify.failed": N_("{layout} does not run, so nothing can be held against it: {reason}"),
     "engine.adapter_missing": N_(

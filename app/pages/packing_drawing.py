@@ -80,8 +80,8 @@ class LengthChart:
     end: int
     width: int = CHART_WIDTH
     height: int = CHART_HEIGHT
-    left: int = 14
-    right: int = CHART_WIDTH - 14
+    left: int = 16
+    right: int = CHART_WIDTH - 16
     top: int = 16
     bottom: int = CHART_HEIGHT - 16
 

@@ -9,7 +9,8 @@
     outcome.json     trainer      `OutcomeFile`, its last act; none = it was killed
     report.json      trainer      what was planned beside what happened
     trainer.log      supervisor   what the trainer printed; with several ranks, what torchrun did
-    rank-<k>.log     trainer      what each of several ranks printed
+    rank-<k>.log     trainer      what each of several ranks printed, word for word: secrets are hidden in all that is
+                                  sent on, and in trainer.log, but here no other account may read
     adapter/         supervisor   the adapter to start from, where the spec names one
     journal.jsonl    supervisor   events and logs under the attempt's own seq
     supervisor.json  supervisor   who it is: attempt, fence, pid, start time, boot id; made before the claim, by a link

@@ -277,6 +277,12 @@ def test_the_configuration_that_ran_lies_beside(ground: Ground) -> None:
     assert not (ground.root / "whole/0/deepspeed.json").exists()
 
 
+def test_what_a_rank_prints_is_kept_from_other_accounts(ground: Ground) -> None:
+    logs = [ground.root / f"rank-{rank}.log" for rank in range(2)]
+    assert all(log.read_text() for log in logs)
+    assert [oct(log.stat().st_mode & 0o777) for log in logs] == ["0o600", "0o600"]
+
+
 def test_a_killed_rank_ends_all_and_leaves_a_whole_checkpoint(ground: Ground, tmp_path: Path) -> None:
     long = {**WHOLE, "schedule": {"learning_rate": 1e-3, "max_steps": 2000}, "evaluation": {"every_steps": None}}
     job = jobs.make_job(tmp_path / "job", ground.model, ground.data, **long, **two_ranks(2))

@@ -170,8 +170,11 @@ def open_group_of_one(device: torch.device) -> None:
 
 
 def print_into(path: Path) -> None:
-    """Whatever this process prints from now on, libraries in C included, is appended to a file of its own."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    """Whatever this process prints from now on, libraries in C included, is appended to a file of its own.
+
+    Nobody stands between who prints and the file, so secrets are hidden only from what is read out of it later; the
+    file itself is for this account alone."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(handle, 1)

@@ -170,6 +170,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from worker.settings import WorkerSettings
 
     _read_dotenv()
+    # Read by OpenMP when torch is loaded, which making the demo model or fetching data may do.
+    for name, value in PATIENT_THREADS.items():
+        os.environ.setdefault(name, value)
     spec = read_spec_file(arguments.file)
     settings = WorkerSettings.from_environment()
     model_roots, cache_dir = settings.model_roots, settings.cache_dir
@@ -183,8 +186,6 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     if spec.parallel.devices > 1:
         return train_ranks(prepared.directory)
-    # Read by OpenMP when torch is loaded.
-    os.environ.update(PATIENT_THREADS)
     from worker.engine.train import main as train
 
     return train(prepared.directory)

@@ -197,8 +197,8 @@ def own_devices(num_ranks: int) -> tuple[str, ...]:
 
 
 def _threads_per_rank(num_ranks: int) -> int:
-    """OMP_NUM_THREADS counts for each rank, as torchrun has it."""
-    return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // num_ranks))
+    """OMP_NUM_THREADS counts for each rank, as torchrun has it; else they share the CPUs that this process may use."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // num_ranks))
 
 
 def _find_adapter(spec: JobSpec) -> str:

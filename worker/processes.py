@@ -194,7 +194,6 @@ _FOR_EVERY_TRAINER = {
     "PYTHONSAFEPATH": "1",
     "PYTHONUNBUFFERED": "1",
     "PYTHONUTF8": "1",
-    **PATIENT_THREADS,
 }
 
 
@@ -204,13 +203,14 @@ def child_environment(environ: Mapping[str, str], mark: str, **extra: str) -> di
         for name, value in environ.items()
         if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES) or name.lower() in _PROXIES
     }
-    return {**passed, **_FOR_EVERY_TRAINER, MARK: mark, **extra}
+    return {**passed, **PATIENT_THREADS, **_FOR_EVERY_TRAINER, MARK: mark, **extra}
 
 
 def own_environment(environ: Mapping[str, str], mark: str, **extra: str) -> dict[str, str]:
     """The same for a trainer that a person starts by hand, who may set whatever they like."""
     paths = [_FOR_EVERY_TRAINER["PYTHONPATH"], *filter(None, [environ.get("PYTHONPATH")])]
-    return {**environ, **_FOR_EVERY_TRAINER, "PYTHONPATH": os.pathsep.join(paths), MARK: mark, **extra}
+    ours = {**_FOR_EVERY_TRAINER, "PYTHONPATH": os.pathsep.join(paths), MARK: mark}
+    return {**PATIENT_THREADS, **environ, **ours, **extra}
 
 
 def secrets_in(environment: Mapping[str, str]) -> tuple[str, ...]:

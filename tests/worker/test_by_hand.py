@@ -158,7 +158,7 @@ def test_ranks_on_a_cpu_share_its_threads(
     spec: JobSpec, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     three = parse_spec({**spec.model_dump(mode="json"), "parallel": {"devices": 3}})
     out = prepare_directory(three, tmp_path / "out", (model_root,), tmp_path / "cache", fresh=False).directory
     inputs = inputs_of(out)

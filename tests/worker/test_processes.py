@@ -152,6 +152,7 @@ def test_a_child_sees_what_it_needs_and_no_secret_of_the_worker() -> None:
     assert {"PATH", "HF_TOKEN", "NCCL_DEBUG", "https_proxy", "OMP_NUM_THREADS"} < child.keys()
     assert not {"PEGBOX_WORKER_TOKEN", "PEGBOX_REDIS_URL", "AWS_SECRET_ACCESS_KEY", "LD_PRELOAD"} & child.keys()
     assert child[MARK] == "m"
+    assert child["OMP_WAIT_POLICY"] == "PASSIVE"
     assert secrets_in(child) == ("hf_0123456789",)
 
 
@@ -159,6 +160,8 @@ def test_by_hand_a_person_keeps_what_they_set() -> None:
     child = own_environment({"LD_PRELOAD": "/mine.so", "PYTHONPATH": "/mine"}, "m", OMP_NUM_THREADS="2")
     assert (child["LD_PRELOAD"], child["OMP_NUM_THREADS"], child[MARK]) == ("/mine.so", "2", "m")
     assert child["PYTHONPATH"].endswith(f"{os.pathsep}/mine"), "behind this package"
+    assert child["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert own_environment({"OMP_WAIT_POLICY": "ACTIVE"}, "m")["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_a_mark_names_job_attempt_and_fence() -> None:

@@ -10,6 +10,7 @@ chosen one is read. An input left empty is the spec's null where the knob knows 
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
@@ -18,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from core.errors import N_, UserError
+from core.fix import Fix, Value
 from core.spec import BATCH_KEYS, GROUPS, JobSpec, batch_key, spec_fields
 from core.unbuilt import UNBUILT_VALUES
 
@@ -197,6 +199,7 @@ def _control(key: str, info: FieldInfo) -> Control:
 
 
 CONTROLS: Mapping[str, Control] = {key: _control(key, info) for key, info in spec_fields() if key not in _OWN_WAY}
+_INPUTS = frozenset((*CONTROLS, *(choice.key for choice in ALTERNATIVES)))
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,14 @@ class FormState:
     def all_errors(self) -> tuple[UserError, ...]:
         return tuple(error for errors in self.errors.values() for error in errors)
 
+    def with_inputs(self, texts: Mapping[str, str]) -> "FormState":
+        """With other texts in some inputs, by their ids (radio buttons: by their name)."""
+        known = {key: text for key, text in texts.items() if key in _INPUTS}
+        train = tuple(
+            (name, texts.get(f"data.train.{index}.weight", weight)) for index, (name, weight) in enumerate(self.train)
+        )
+        return FormState({**self.values, **known}, train)
+
     def with_errors(self, errors: Iterable[UserError]) -> "FormState":
         by_input: dict[str, list[UserError]] = {}
         for error in errors:
@@ -276,8 +287,7 @@ def state_of_form(pairs: Sequence[tuple[str, str]]) -> FormState:
     weights = [text.strip() for key, text in texts if key == "data.train.weight"]
     weights += ["1"] * (len(names) - len(weights))
     train = tuple((name, weight) for name, weight in zip(names, weights, strict=False) if name)
-    known = {*CONTROLS, *(choice.key for choice in ALTERNATIVES)}
-    values = {key: text if key in _AREAS else text.strip() for key, text in texts if key in known}
+    values = {key: text if key in _AREAS else text.strip() for key, text in texts if key in _INPUTS}
     return FormState(values, train)
 
 
@@ -398,6 +408,37 @@ def _chosen_validation(is_given: bool, value: object) -> str:
     if isinstance(value, Mapping):
         return "dataset" if "dataset" in value else "fraction"
     return "none"
+
+
+def inputs_of(fix: Fix) -> dict[str, str]:
+    """What these fields are in the form, as `FormState.with_inputs` takes it. Empty where the form has no input for one
+    of them: then a button could not keep its promise."""
+    spec: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    for key, value in fix.items():
+        if re.fullmatch(r"data\.train\.\d+\.weight", key):
+            texts[key] = as_text(value)
+        elif key == "method" or key in _INPUTS:
+            _put_value(spec, key, value)
+        else:
+            return {}
+    filled = state_of_spec(spec)
+    # An alternative that is given up keeps its number; another one is chosen.
+    texts |= {
+        key: text for key, text in filled.values.items() if key in CONTROLS and (text or key not in _ALTERNATIVE_KEYS)
+    }
+    for choice in ALTERNATIVES:
+        if not fix.keys().isdisjoint({choice.key, *(option.key for option in choice.options)}):
+            texts[choice.key] = filled.values[choice.key]
+    return texts
+
+
+def _put_value(spec: dict[str, Any], key: str, value: Value) -> None:
+    part = spec
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        part = part.setdefault(parent, {})
+    part[leaf] = value
 
 
 def written_spec(spec: JobSpec) -> dict[str, Any]:

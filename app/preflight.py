@@ -1,12 +1,14 @@
 """What a job would do, for programs: POST /api/v1/jobs/preflight, and a data set's profile."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.change import ChangeView, Comparison, Origin, comparisons
+from app.change import view_of as view_of_change
 from app.preflight_memory import Memory, memory_of
 from app.preflight_packing import (
     CostBasis,
@@ -24,7 +26,6 @@ from app.preflight_packing import (
 from app.problems import faults_lie_in_spec
 from app.profiles import Wanted, plan_for, read_result, want_profiles
 from app.services import AnyServices
-from core.errors import Reason, UserError
 from core.lengths import bin_lengths, compare_cuts
 from core.packing import as_lengths
 from core.packing_report import busiest_share, first_row, report_lengths
@@ -32,6 +33,8 @@ from core.preflight import JobPlan
 from core.profile import DataProfile, TokenPreview
 from core.schedule import lr_at
 from core.spec import parse_spec
+from core.verdict import Remark as Said
+from core.verdict import verdict as verdict_of
 
 router = APIRouter()
 
@@ -43,6 +46,9 @@ class PreflightRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     spec: dict[str, Any]
+    # What it is held against beside plain padding:
+    preset: str = ""
+    job: str = ""  # the id of one that it was cloned from
 
 
 class Remark(BaseModel):
@@ -50,6 +56,7 @@ class Remark(BaseModel):
     field: str
     code: str
     text: str
+    fixes: list[dict[str, Any]]  # fields of the spec with values, any one of which mends it; null gives a field up
 
 
 class Choice(BaseModel):
@@ -69,6 +76,7 @@ class Preflight(BaseModel):
     learning_rate: list[float]  # of the steps 0, stride, 2 x stride, ... up to total_steps
     learning_rate_stride: int  # 1 up to 100,000 steps
     verdict: list[Remark]  # empty: nothing to remark. What can't run is a 422 instead
+    change: list[ChangeView]  # against the job, the preset and plain padding, as far as there are any
     choices: list[Choice]  # what each `auto` became, and why
     counts: dict[str, int]  # every row, sample and trained token under what becomes of it
     ways: list[Way]  # the job's own is the first
@@ -127,11 +135,14 @@ class ProfileView(BaseModel):
 )
 def preflight(body: PreflightRequest, services: AnyServices) -> Preflight:
     """202 while a host measures the data, then 200; 422 with every fault where the job can't run."""
-    plan = plan_for(services, parse_spec(body.spec))
-    return _profiling(plan) if isinstance(plan, Wanted) else preflight_of(plan)  # type: ignore[return-value]  # a Response
+    spec = parse_spec(body.spec)
+    plan = plan_for(services, spec)
+    if isinstance(plan, Wanted):
+        return _profiling(plan)  # type: ignore[return-value]  # a Response
+    return preflight_of(plan, comparisons(services, plan, spec, Origin(body.preset, body.job)))
 
 
-def preflight_of(plan: JobPlan) -> Preflight:
+def preflight_of(plan: JobPlan, compared: Sequence[Comparison]) -> Preflight:
     facts = plan.plan_event()
     stride = -(-plan.total_steps // MAX_CURVE_STEPS)
     renamed = {
@@ -147,7 +158,8 @@ def preflight_of(plan: JobPlan) -> Preflight:
             **{name: facts[source] for name, source in renamed.items()},
             "learning_rate": [lr_at(plan.schedule, step) for step in range(0, plan.total_steps + 1, stride)],
             "learning_rate_stride": stride,
-            "verdict": list(remarks(plan.all_counts)),
+            "verdict": [_remark(remark) for remark in verdict_of(plan)],
+            "change": [view_of_change(comparison) for comparison in compared],
             "ways": ways_of(plan.packing),
             "baseline": way_of(plan.packing, plan.packing.baseline),
             "cost_basis": cost_basis(plan.packing),
@@ -160,34 +172,14 @@ def preflight_of(plan: JobPlan) -> Preflight:
     )
 
 
-def remarks(counts: dict[str, int]) -> Iterator[Remark]:
-    """What a person should know before they launch, each with its number."""
-    for level, key, total, field in (
-        ("warning", "rows_refused", "rows", "data.train"),
-        ("warning", "samples_too_long", "samples", "data.max_length"),
-        ("warning", "samples_without_trained_tokens", "samples", "data.train_on"),
-        ("warning", "samples_cut_to_nothing", "samples", "data.overlong"),
-        ("warning", "samples_truncated", "samples", "data.overlong"),
-        ("info", "samples_split", "samples", "data.overlong"),
-        ("warning", "targets_lost", "targets", "data.overlong"),
-        ("warning", "targets_lost_at_row_ends", "targets", "packing.algorithm"),
-        ("info", "rows_beyond_max_samples", "rows", "data.max_samples"),
-        ("info", "rows_held_out", "rows", "data.validation"),
-    ):
-        if counts.get(key):
-            said = UserError(f"verdict.{key}", field, count=counts[key], total=counts[total])
-            yield Remark(level=level, field=field, code=said.code, text=said.text())
-    saved = saved_by_whole(counts)
-    if saved is not None:
-        yield Remark(level="info", field="data.multi_turn", code=saved.code, text=saved.text())
-
-
-def saved_by_whole(counts: dict[str, int]) -> Reason | None:
-    """What whole conversations spare, where that is known and something."""
-    whole, split = counts.get("tokens_if_whole", 0), counts.get("tokens_if_split", 0)
-    if split <= whole:
-        return None
-    return Reason("verdict.whole_saves", {"whole": whole, "split": split, "ratio": f"{split / whole:.2f}"})
+def _remark(said: Said) -> Remark:
+    return Remark(
+        level=said.level,
+        field=said.field,
+        code=said.said.code,
+        text=said.said.text(),
+        fixes=[dict(fix) for fix in said.fixes],
+    )
 
 
 def _profiling(wanted: Wanted) -> Response:

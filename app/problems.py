@@ -15,6 +15,7 @@ from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 
 from core.errors import UserError, UserErrors
+from core.fix import fixes_of
 
 PROBLEM_JSON = "application/problem+json"
 # These paths are called by programs; everything else is a page.
@@ -89,9 +90,11 @@ def _pointer(field: str) -> str:
     return "".join(f"/{part.replace('~', '~0').replace('/', '~1')}" for part in field.split(".")) if field else ""
 
 
-def _fix(error: UserError) -> dict[str, str]:
-    suggestion = error.parameters.get("suggestion")
-    return {"fix": str(suggestion)} if suggestion is not None else {}
+def _fix(error: UserError) -> dict[str, Any]:
+    """`fix`: the key that was meant; `fixes`: fields of the spec with values, any one of which mends it."""
+    suggestion, fixes = error.parameters.get("suggestion"), fixes_of(error)
+    meant = {"fix": str(suggestion)} if suggestion is not None else {}
+    return {**meant, "fixes": [dict(fix) for fix in fixes]} if fixes else meant
 
 
 def respond(

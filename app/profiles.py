@@ -266,14 +266,18 @@ def plan_for(services: Services, spec: JobSpec) -> JobPlan | Wanted:
     return plan_job(spec, wanted.data, wanted.model.profile, device)
 
 
-def refuse_unplannable(services: Services, spec: JobSpec) -> None:
-    """Before a submit, and outside its transaction, for planning takes a while: raises what `plan_for` would where
-    the profiles happen to be there. Where they aren't, nothing is waited for; the trainer finds the same."""
+def plan_if_measured(services: Services, spec: JobSpec) -> JobPlan | None:
+    """The same where every profile happens to be there; None where one isn't, and nobody is asked for it."""
     with services.database.read() as session:
         wanted = _find(session, spec)
         device = _device(session, wanted.model) if wanted.is_ready else None
-    if device is not None:
-        plan_job(spec, wanted.data, wanted.model.profile, device)
+    return None if device is None else plan_job(spec, wanted.data, wanted.model.profile, device)
+
+
+def refuse_unplannable(services: Services, spec: JobSpec) -> None:
+    """Before a submit, and outside its transaction, for planning takes a while: raises what `plan_for` would where
+    the profiles happen to be there. Where they aren't, nothing is waited for; the trainer finds the same."""
+    plan_if_measured(services, spec)
 
 
 def _device(session: Session, model: KnownModel) -> Device:

@@ -11,13 +11,14 @@ the same parts of the same samples lie in them, whatever the specs say. `keeps` 
 baseline's optimisation again, and leave alone how it is computed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
 
 from core.errors import Parameter, Reason, UserError
+from core.fix import BATCHES, DURATIONS, WARMUPS, Fix, Value, one_of, told, value_text
 from core.layout import lay_out, spread
 from core.packing import EpochPlan, PlanSettings, Segment, plan_run
 from core.preflight import JobPlan
@@ -26,17 +27,10 @@ from core.schedule import Schedule, resolve_warmup_steps
 from core.selection import Pieces
 from core.spec import Adapter, JobSpec, batch_key
 
-# A value of a spec, as JSON has it.
-Value = str | int | float | bool | None | Sequence[Any] | Mapping[str, Any]
-
 # What is laid out of an epoch to know its slots: as much as a packing report spends on a way that the job does not go.
 MOST_STEPS, MOST_SAMPLES = 125, 1 << 13
 LEAST_RATIO = 1.05  # of slots: less is as many
 
-_DURATIONS = ("schedule.epochs", "schedule.max_steps")
-_WARMUPS = ("schedule.warmup_ratio", "schedule.warmup_steps", "schedule.warmup_epochs")
-_BATCHES = ("batch.samples_per_step", "batch.tokens_per_step", "batch.rows_per_step")
-_ALTERNATIVES = frozenset((*_DURATIONS, *_WARMUPS, *_BATCHES))
 # Of a data set read otherwise; each of them gives it another profile.
 _READING = ("data.format", "data.train_on", "data.multi_turn", "model.chat_template")
 _CHOOSING = ("data.max_length", "data.overlong", "data.max_samples", "data.validation")
@@ -51,7 +45,7 @@ class Change:
 
     is_same_optimisation: bool
     lines: tuple[Reason, ...]
-    keeps: Mapping[str, Value]
+    keeps: Fix
 
 
 @dataclass(frozen=True)
@@ -101,27 +95,8 @@ def compare(plan: JobPlan, baseline: JobPlan, slots: Slots | None = None) -> Cha
     lines = (*lines, *_cost(slots))
     keeps = dict(_keeps(plan, baseline)) if _can_keep(plan, baseline) else {}
     if keeps:
-        lines = (*lines, Reason("change.keep", {"settings": settings_text(keeps)}))
+        lines = (*lines, Reason("change.keep", {"settings": told(keeps)}))
     return Change(False, lines, keeps)
-
-
-def settings_text(values: Mapping[str, Value]) -> str:
-    """Fields with their values, as a sentence names them."""
-    return ", ".join(
-        f"{field} {_text(value)}" for field, value in values.items() if value is not None or field not in _ALTERNATIVES
-    )
-
-
-def applied(spec: JobSpec, values: Mapping[str, Value]) -> dict[str, Any]:
-    """The spec with these fields, as a mapping to parse."""
-    changed: dict[str, Any] = spec.model_dump(mode="json")
-    for field, value in values.items():
-        part: Any = changed
-        *parents, leaf = field.split(".")
-        for name in parents:
-            part = part[int(name)] if isinstance(part, list) else part[name]
-        part[leaf] = value
-    return changed
 
 
 # -- whether it is the same ------------------------------------------------------------------------------------------
@@ -138,9 +113,14 @@ def _is_same(plan: JobPlan, baseline: JobPlan) -> bool:
 
 
 def _curve_of(plan: JobPlan) -> Schedule:
-    """What decides the rate of every step."""
-    is_flat = plan.schedule.decay == "constant"
-    return replace(plan.schedule, min_lr_ratio=0.0) if is_flat else plan.schedule
+    """What decides the rate of every step: a warm-up of one step runs at the peak as none does, and `constant` has no
+    floor."""
+    schedule = plan.schedule
+    return replace(
+        schedule,
+        warmup_steps=schedule.warmup_steps if schedule.warmup_steps > 1 else 0,
+        min_lr_ratio=0.0 if schedule.decay == "constant" else schedule.min_lr_ratio,
+    )
 
 
 def _have_same_data(plan: JobPlan, baseline: JobPlan) -> bool:
@@ -255,7 +235,7 @@ def _counted(plan: JobPlan, baseline: JobPlan) -> Iterator[Reason]:
     if before_tokens != after_tokens:
         yield _before_after("change.trained_tokens", before_tokens, after_tokens)
     if plan.schedule.peak != baseline.schedule.peak:
-        yield _before_after("change.peak", _text(baseline.schedule.peak), _text(plan.schedule.peak))
+        yield _before_after("change.peak", value_text(baseline.schedule.peak), value_text(plan.schedule.peak))
 
 
 def _set_otherwise(plan: JobPlan, baseline: JobPlan) -> Iterator[Reason]:
@@ -268,7 +248,7 @@ def _set_otherwise(plan: JobPlan, baseline: JobPlan) -> Iterator[Reason]:
             yield Reason("change.data", {})
         fields += reading
     for field in (*_differing(plan, baseline, fields), *_other_weights(plan, baseline)):
-        values = {"before": _text(_value(baseline.spec, field)), "after": _text(_value(plan.spec, field))}
+        values = {"before": value_text(_value(baseline.spec, field)), "after": value_text(_value(plan.spec, field))}
         yield Reason("change.value", {"field": field, **values})
 
 
@@ -306,21 +286,6 @@ def _ratio(ratio: float) -> str:
 
 def _shown(number: float) -> str:
     return f"{number:,.1f}".removesuffix(".0")
-
-
-def _text(value: Value) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case float():
-            return f"{value:g}"
-        case str() | int():
-            return str(value)
-        case Mapping():
-            return "{" + ", ".join(f"{name}: {_text(each)}" for name, each in value.items()) + "}"
-    return "[" + ", ".join(map(_text, value)) + "]"
 
 
 # -- which fields ----------------------------------------------------------------------------------------------------
@@ -397,7 +362,9 @@ def _keeps_steps(plan: JobPlan, baseline: JobPlan, *, changes_length: bool) -> I
     rows = baseline.settings
     if _steps_by(plan.settings) != _steps_by(rows):
         unit = "rows" if rows.rows_are_planned else "tokens" if rows.batch_by == "tokens" else "samples"
-        yield from _one_of(_BATCHES, f"batch.{unit}_per_step", rows.per_step, f"batch.{batch_key(plan.spec.batch)}")
+        yield from one_of(
+            BATCHES, f"batch.{unit}_per_step", rows.per_step, f"batch.{batch_key(plan.spec.batch)}"
+        ).items()
         if rows.rows_are_planned:
             packing = ("packing.mode", "packing.algorithm", "packing.row_length")
             yield from ((field, _value(baseline.spec, field)) for field in _differing(plan, baseline, packing))
@@ -406,8 +373,7 @@ def _keeps_steps(plan: JobPlan, baseline: JobPlan, *, changes_length: bool) -> I
             return
         if plan.settings.algorithm == "wrapped":
             yield "packing.algorithm", "best_fit"
-    is_given = all(choice.field != "packing.row_length" for choice in plan.choices)
-    if is_given and plan.settings.row_length < max_length:
+    if plan.has_own_row_length and plan.settings.row_length < max_length:
         yield "packing.row_length", max_length
 
 
@@ -416,22 +382,14 @@ def _keeps_schedule(plan: JobPlan, baseline: JobPlan) -> Iterator[tuple[str, Val
     if (mine.epochs, mine.max_steps) != (theirs.epochs, theirs.max_steps) and mine.max_steps != baseline.total_steps:
         chosen = "schedule.epochs" if theirs.epochs is not None else "schedule.max_steps"
         given = "schedule.epochs" if mine.epochs is not None else "schedule.max_steps"
-        yield from _one_of(_DURATIONS, chosen, _value(baseline.spec, chosen), given)
+        yield from one_of(DURATIONS, chosen, _value(baseline.spec, chosen), given).items()
     # Of a run as long as the baseline's.
     warmup = _warmup_of(plan.spec, baseline.total_steps, baseline.run.steps_per_epoch)
     if warmup != baseline.schedule.warmup_steps:
-        given = next((field for field in _WARMUPS if _value(plan.spec, field) is not None), "")
-        yield from _one_of(_WARMUPS, "schedule.warmup_steps", baseline.schedule.warmup_steps, given)
+        asked = next((field for field in WARMUPS if _value(plan.spec, field) is not None), None)
+        yield from one_of(WARMUPS, "schedule.warmup_steps", baseline.schedule.warmup_steps, asked).items()
     if plan.schedule.peak != baseline.schedule.peak:
         yield "schedule.learning_rate", baseline.schedule.peak
-
-
-def _one_of(alternatives: Sequence[str], chosen: str, value: Value, given: str) -> Iterator[tuple[str, Value]]:
-    """Of fields that exclude each other one gets a value, and the one that has it loses it."""
-    assert chosen in alternatives
-    yield chosen, value
-    if given and given != chosen:
-        yield given, None
 
 
 def _warmup_of(spec: JobSpec, total_steps: int, steps_per_epoch: int) -> int | None:

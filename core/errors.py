@@ -178,7 +178,7 @@ TEXTS: dict[str, str] = {
     "change.keep": N_("to keep the optimisation set {settings}"),
     "change.model": N_("the model is {after} instead of {before}"),
     "change.more_slots": N_("{ratio}x more slots an epoch"),
-    "change.not_measured": N_("not compared: the data has not been measured as {fields} would have it"),
+    "change.not_measured": N_("not compared: with {settings} the data would have to be measured anew"),
     "change.not_runnable": N_("not compared: {problem}"),
     "change.num_samples": N_("{after:,} samples are trained instead of {before:,}"),
     "change.order": N_("as many steps of as many samples, but other samples meet in a step"),
@@ -526,21 +526,42 @@ TEXTS: dict[str, str] = {
     "profile.failed": N_("{dataset} could not be measured: {error}"),
     "profile.no_device": N_("no host that has the model {name} offers a device; see the page of hosts for the reason"),
     "profile.taken": N_("the profile {profile} is {state} already"),
+    "verdict.lock": N_("the optimisation is locked, and these settings change it: {what}"),
+    "verdict.lock_unknown": N_("the optimisation is locked, but cannot be checked: {why}"),
+    "verdict.no_bf16": N_(
+        "{device} has no bf16 and emulates it, slower than fp32; set compute.dtype to auto, which takes what it has"
+    ),
     "verdict.rows_beyond_max_samples": N_("{count:,} of {total:,} rows are left out by data.max_samples"),
     "verdict.rows_held_out": N_("{count:,} of {total:,} rows are held out for validation"),
     "verdict.rows_refused": N_("{count:,} of {total:,} rows are refused; the data set's report names each"),
     "verdict.samples_cut_to_nothing": N_(
-        "{count:,} of {total:,} samples have no trained token within max_length and are left out"
+        "{count:,} of {total:,} samples have no trained token within max_length and are left out; raise data.max_length"
     ),
     "verdict.samples_split": N_("{count:,} of {total:,} samples are longer than max_length and are split"),
-    "verdict.samples_too_long": N_("{count:,} of {total:,} samples are longer than max_length and are dropped"),
-    "verdict.samples_truncated": N_("{count:,} of {total:,} samples are longer than max_length and are truncated"),
-    "verdict.samples_without_trained_tokens": N_(
-        "{count:,} of {total:,} samples have no token to learn and are dropped"
+    "verdict.samples_too_long": N_(
+        "{count:,} of {total:,} samples are longer than max_length and are dropped; raise data.max_length, or set "
+        "data.overlong to split"
     ),
-    "verdict.targets_lost": N_("{count:,} of {total:,} trained tokens are lost where samples are cut to max_length"),
+    "verdict.samples_truncated": N_(
+        "{count:,} of {total:,} samples are longer than max_length and are truncated; raise data.max_length"
+    ),
+    "verdict.samples_without_trained_tokens": N_(
+        "{count:,} of {total:,} samples have no token to learn and are dropped; see data.train_on if that is not meant"
+    ),
+    "verdict.targets_lost": N_(
+        "{count:,} of {total:,} trained tokens are lost where samples are cut to max_length; raise data.max_length"
+    ),
     "verdict.targets_lost_at_row_ends": N_(
-        "{count:,} of {total:,} trained tokens are lost an epoch where wrapped rows cut samples"
+        "{count:,} of {total:,} trained tokens are lost an epoch where wrapped rows cut samples; set "
+        "packing.algorithm to best_fit to lose none"
+    ),
+    "verdict.warmup_most_of_run": N_(
+        "the warm-up takes {warmup_steps:,} of {total_steps:,} steps, so most of the run stays below its peak; set "
+        "schedule.warmup_steps to {default:,}"
+    ),
+    "verdict.warmup_one_step": N_(
+        "the warm-up is a single step of {total_steps:,}, and that already runs at the peak; set "
+        "schedule.warmup_steps to {default:,}, or to 0 if none is wanted"
     ),
     "verdict.whole_saves": N_(
         "Whole conversations are {whole:,} tokens; a sample for each turn would be {split:,}, {ratio} times as many."

@@ -88,6 +88,11 @@ class JobPlan:
         return self.run.total_steps
 
     @property
+    def has_own_row_length(self) -> bool:
+        """Whether it was given, instead of following max_length."""
+        return all(choice.field != "packing.row_length" for choice in self.choices)
+
+    @property
     def counts(self) -> dict[str, int]:
         return self.selection.counts
 

@@ -222,7 +222,7 @@ def select(spec: JobSpec, data: Mapping[str, DataProfile], context_length: int) 
         )
         choices = (*choices, choice("data.max_length", max_length, reason))
     if spec.data.overlong is None:
-        _refuse_great_loss(samples, teaching, max_length, context_length)
+        _refuse_great_loss(samples, teaching, max_length, context_length, spec.packing.row_length)
     kept, fates = _fit(samples, teaching, max_length, spec.data.overlong)
     if not len(kept):
         reasons = {
@@ -311,7 +311,9 @@ def _hold_out(spec: JobSpec, hashes: npt.NDArray[np.uint64], taken: BoolArray) -
 # -- lengths ---------------------------------------------------------------------------------------------------------
 
 
-def _refuse_great_loss(samples: Samples, teaching: IntArray, max_length: int, context_length: int) -> None:
+def _refuse_great_loss(
+    samples: Samples, teaching: IntArray, max_length: int, context_length: int, row_length: int | None
+) -> None:
     """overlong: null drops, but only what nobody would miss."""
     lengths, trained = samples.lengths[teaching], samples.trained[teaching]
     is_lost = lengths > max_length
@@ -325,6 +327,8 @@ def _refuse_great_loss(samples: Samples, teaching: IntArray, max_length: int, co
             max_length=max_length,
             share=f"{lost / total:.1%}",
             longest=int(lengths.max()),
+            context_length=context_length,
+            row_length=row_length or 0,
         )
 
 

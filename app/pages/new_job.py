@@ -6,6 +6,7 @@ transaction with the form's key: a button pressed twice, or a reply that got los
 
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -15,6 +16,7 @@ from fastapi.responses import RedirectResponse, Response
 from sqlmodel import Session, select
 
 from app.auth import AnyCaller, Caller, Member
+from app.change import Origin
 from app.forms import (
     ALTERNATIVES,
     CONTROLS,
@@ -27,6 +29,7 @@ from app.forms import (
 )
 from app.jobs import JOBS_TOPIC, QUEUE_TOPIC, create_job, get_job
 from app.pages.preflight import preflight_context
+from app.pages.verdict import read_fix
 from app.profiles import refuse_unplannable
 from app.services import AnyServices, Services
 from app.tables import Dataset, IdempotentReply, Job
@@ -40,6 +43,25 @@ ROUTE = "POST /jobs/new"  # of the form's keys
 MOST_YAML_CHARACTERS = 200_000
 # Open from the start; a group with an error or a value that isn't the default opens by itself.
 OPEN_GROUPS = frozenset({"Job", "Model", "Data", "Packing", "Batch", "Method", "Schedule and optimizer"})
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a form was filled from, and whether that optimisation is to be kept; it travels with the form."""
+
+    preset: str = ""  # or "yaml"
+    job: str = ""
+    is_locked: bool = False
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[str, str]]) -> "Beginning":
+        given = dict(pairs)
+        return cls(given.get("_preset", ""), given.get("_job", ""), "_lock" in given)
+
+    @property
+    def origin(self) -> Origin:
+        is_preset = any(each.key == self.preset for each in PRESETS)
+        return Origin(self.preset if is_preset else "", self.job)
 
 
 @router.get("/jobs/new")
@@ -56,7 +78,8 @@ def new_job_page(request: Request, services: AnyServices, preset: str = "", data
             spec = each.spec
     if dataset:
         spec = {**spec, "data": {**spec.get("data", {}), "train": [{"dataset": dataset}]}}
-    return _page(request, services, state_of_spec(spec), origin=origin, preset=preset)
+    began = Beginning(preset, origin.id if origin else "")
+    return _page(request, services, state_of_spec(spec), began)
 
 
 @router.post("/jobs/new/yaml")
@@ -66,13 +89,13 @@ async def fill_from_yaml(request: Request, services: AnyServices) -> Response:
     try:
         spec = read_yaml(text)
     except UserError as error:
-        return _page(request, services, state_of_spec({}), preset="yaml", yaml_text=text, yaml_error=error)
+        return _page(request, services, state_of_spec({}), Beginning("yaml"), yaml_text=text, yaml_error=error)
     state = state_of_spec(spec)
     try:
         parse_spec(spec)
     except USER_FAULTS as fault:
         state = state.with_errors(fault.errors)
-    return _page(request, services, state, preset="yaml", yaml_text=text)
+    return _page(request, services, state, Beginning("yaml"), yaml_text=text)
 
 
 @router.post("/jobs/new")
@@ -85,18 +108,22 @@ async def launch(request: Request, services: AnyServices, caller: Member) -> Res
         await run_in_threadpool(refuse_unplannable, services, spec)
         job_id = await run_in_threadpool(_launch_once, services, caller, key, spec)
     except USER_FAULTS as fault:
-        return _page(request, services, state.with_errors(fault.errors), key=key)
+        return _page(request, services, state.with_errors(fault.errors), Beginning.of(pairs), key=key)
     services.wake.notify(QUEUE_TOPIC, JOBS_TOPIC)
     return RedirectResponse(f"{request.scope.get('root_path', '')}/jobs/{job_id}", 303)
 
 
 @router.post("/jobs/preflight")
 async def preflight(request: Request, services: AnyServices, caller: AnyCaller) -> Response:
-    state = state_of_form(await _pairs(request))
-    context = await run_in_threadpool(preflight_context, services, state)
+    """The panel; without JavaScript the page with it, and with the fix of the button that was pressed."""
+    pairs = await _pairs(request)
+    state, began = state_of_form(pairs), Beginning.of(pairs)
+    for fix in (value for name, value in pairs if name == "_fix"):
+        state = state.with_inputs(read_fix(fix))
+    context = await run_in_threadpool(preflight_context, services, state, began.origin, is_locked=began.is_locked)
     if "hx-request" in request.headers:
         return services.templates.TemplateResponse(request, "preflight.html", context)
-    return _page(request, services, context["state"], preflight=context)
+    return _page(request, services, context["state"], began, preflight=context)
 
 
 def _launch_once(services: Services, caller: Caller, key: str, spec: JobSpec) -> str:
@@ -158,9 +185,8 @@ def _page(
     request: Request,
     services: Services,
     state: FormState,
+    began: Beginning,
     *,
-    origin: Job | None = None,
-    preset: str = "",
     key: str | None = None,
     yaml_text: str = "",
     yaml_error: UserError | None = None,
@@ -168,14 +194,16 @@ def _page(
 ) -> Response:
     with services.database.read() as session:
         datasets = _dataset_names(session)
+        origin = session.get(Job, began.job) if began.job else None
     shown_advanced = _notable(state)
     faulty = {group_of(input) for input, found in state.errors.items() if found}
     context = {
         "state": state,
         "sections": SECTIONS,
         "presets": PRESETS,
-        "preset": preset,
+        "preset": began.preset,
         "origin": origin,
+        "is_locked": began.is_locked,
         "datasets": datasets,
         "key": key or new_key(),
         "yaml_text": yaml_text,

@@ -7,17 +7,19 @@ from typing import Any
 
 import yaml
 
+from app.change import Origin, comparisons
 from app.forms import FormState, as_text, spec_of_form, written_spec
 from app.pages.environment import translate
 from app.pages.memory_bars import draw_memory
 from app.pages.packing_drawing import packing_context
-from app.preflight import remarks, saved_by_whole
+from app.pages.verdict import button_of, lines_of_errors, lines_of_lock, lines_of_plan
 from app.profiles import plan_for
 from app.services import Services
 from core.errors import TEXTS, USER_FAULTS, Reason
 from core.preflight import JobPlan
 from core.schedule import Schedule, lr_at
 from core.spec import JobSpec, parse_spec
+from core.verdict import saved_by_whole
 
 CURVE_WIDTH, CURVE_HEIGHT = 360, 120
 MOST_CURVE_POINTS = 240
@@ -39,13 +41,16 @@ class CurveDrawing:
     bottom: int = CURVE_HEIGHT - 18
 
 
-def preflight_context(services: Services, state: FormState) -> dict[str, Any]:
-    """What the panel shows of a form as it stands."""
+def preflight_context(
+    services: Services, state: FormState, origin: Origin | None = None, *, is_locked: bool = False
+) -> dict[str, Any]:
+    """What the panel shows of a form as it stands, held against what it began from."""
     context: dict[str, Any] = {
         "state": state,
         "is_profiling": False,
         "may_pass": False,
-        "warnings": [],
+        "verdict": [],
+        "changes": [],
         "report": None,
         "curve": None,
         "yaml": "",
@@ -58,11 +63,17 @@ def preflight_context(services: Services, state: FormState) -> dict[str, Any]:
     except USER_FAULTS as fault:
         # A host that has the model may come at any moment; what was typed stays wrong until it is changed.
         may_pass = all(error.code.startswith(OF_HOSTS) for error in fault.errors)
-        return context | {"state": state.with_errors(fault.errors), "may_pass": may_pass}
+        state = state.with_errors(fault.errors)
+        return context | {"state": state, "verdict": lines_of_errors(state), "may_pass": may_pass}
     if not isinstance(plan, JobPlan):
         return context | {"is_profiling": True}
-    context["warnings"] = [remark.text for remark in remarks(plan.all_counts) if remark.level == "warning"]
-    return context | {"report": _report(plan), "curve": draw(plan.schedule)}
+    compared = comparisons(services, plan, spec, origin or Origin())
+    return context | {
+        "verdict": [*lines_of_plan(plan), *(lines_of_lock(compared) if is_locked else ())],
+        "changes": [(each, each.change and button_of(each.change.keeps)) for each in compared],
+        "report": _report(plan),
+        "curve": draw(plan.schedule),
+    }
 
 
 def _report(plan: JobPlan) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from core.change import Change, against_plain_padding, applied, compare
+from core.change import Change, against_plain_padding, compare
 from core.errors import USER_FAULTS
+from core.fix import applied
 from core.preflight import JobPlan, plan_job
 from core.profile import DataProfile
 from core.spec import parse_spec

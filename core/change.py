@@ -27,8 +27,8 @@ from core.schedule import Schedule, resolve_warmup_steps
 from core.selection import Pieces
 from core.spec import Adapter, JobSpec, batch_key
 
-# What is laid out of an epoch to know its slots: as much as a packing report spends on a way that the job does not go.
-MOST_STEPS, MOST_SAMPLES = 125, 1 << 13
+# What is laid out of an epoch to know its slots: a tenth more or less is all that is told of them.
+MOST_STEPS, MOST_SAMPLES = 40, 1 << 12
 LEAST_RATIO = 1.05  # of slots: less is as many
 
 # Of a data set read otherwise; each of them gives it another profile.
@@ -85,7 +85,7 @@ def against_plain_padding(plan: JobPlan) -> Change | None:
 
 def compare(plan: JobPlan, baseline: JobPlan, slots: Slots | None = None) -> Change:
     """What `plan` changes against `baseline`. Slots are estimated from some of the first epoch's steps if not given."""
-    slots = slots or Slots(_slots(plan), _slots(baseline))
+    slots = slots or _slots_of(plan, baseline)
     if _is_same(plan, baseline):
         lines = (_same(plan, slots), *_dropout(plan, baseline))
         return Change(True, lines, {})
@@ -272,6 +272,12 @@ def _trained_tokens(plan: JobPlan) -> int:
     epoch = plan.run.epoch_plan(1)
     of_epoch = int(plan.selection.count_targets(epoch.order, epoch.starts, epoch.ends).sum())
     return round(of_epoch * plan.total_steps / len(epoch))
+
+
+def _slots_of(plan: JobPlan, baseline: JobPlan) -> Slots:
+    mine = _slots(plan)
+    is_alike = plan.settings == baseline.settings and _have_same_pieces(plan, baseline)
+    return Slots(mine, mine if is_alike else _slots(baseline))
 
 
 def _slots(plan: JobPlan) -> int:

@@ -535,7 +535,7 @@ TEXTS: dict[str, str] = {
     "verdict.rows_held_out": N_("{count:,} of {total:,} rows are held out for validation"),
     "verdict.rows_refused": N_("{count:,} of {total:,} rows are refused; the data set's report names each"),
     "verdict.samples_cut_to_nothing": N_(
-        "{count:,} of {total:,} samples have no trained token within max_length and are left out; raise data.max_length"
+        "{count:,} of {total:,} samples have no trained token within max_length and are left out; a longer one keeps them"
     ),
     "verdict.samples_split": N_("{count:,} of {total:,} samples are longer than max_length and are split"),
     "verdict.samples_too_long": N_(
@@ -543,13 +543,13 @@ TEXTS: dict[str, str] = {
         "data.overlong to split"
     ),
     "verdict.samples_truncated": N_(
-        "{count:,} of {total:,} samples are longer than max_length and are truncated; raise data.max_length"
+        "{count:,} of {total:,} samples are longer than max_length and are truncated; a longer one keeps them whole"
     ),
     "verdict.samples_without_trained_tokens": N_(
         "{count:,} of {total:,} samples have no token to learn and are dropped; see data.train_on if that is not meant"
     ),
     "verdict.targets_lost": N_(
-        "{count:,} of {total:,} trained tokens are lost where samples are cut to max_length; raise data.max_length"
+        "{count:,} of {total:,} trained tokens are lost where samples are cut to max_length; a longer one keeps them"
     ),
     "verdict.targets_lost_at_row_ends": N_(
         "{count:,} of {total:,} trained tokens are lost an epoch where wrapped rows cut samples; set "

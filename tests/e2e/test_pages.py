@@ -319,6 +319,29 @@ def test_charts_are_walked_with_the_arrow_keys(visit: Visit, scenes: Scenes) -> 
     assert first != value.inner_text() == "0"
 
 
+def test_a_button_of_the_panel_writes_its_fix_into_the_form(visit: Visit, scenes: Scenes) -> None:
+    page = visit.page
+    visit.go("/jobs/new?preset=demo")
+    wait_until(lambda: visit.stage.beat()["profiles"] or page.locator("svg.curve").count(), "the data is wanted")
+    visit.stage.measure()
+    page.locator("svg.curve").wait_for()
+    page.check("#lock")
+    page.fill("[id='batch.rows_per_step']", "4")
+    visit.wait_for_text("#preflight .verdict", "The optimisation is locked")
+    samples = page.input_value("[id='batch.samples_per_step']")
+    page.locator("#preflight .verdict button").click()
+    page.locator("#preflight .verdict li").filter(has_text="is locked").wait_for(state="detached")
+    assert page.is_checked("[value=samples_per_step]")
+    assert page.input_value("[id='batch.samples_per_step']") == samples == "32"
+    assert page.is_checked("#lock") and page.url.endswith("?preset=demo"), "the page was not left"
+    page.fill("[id='data.max_length']", "9000")
+    visit.wait_for_text("#preflight .verdict", "above the model's context")
+    page.locator("#preflight .verdict button").click()
+    visit.wait_for_text("#preflight .tiles", "Steps")
+    assert page.evaluate("document.activeElement.id") == "data.max_length"
+    assert page.input_value("[id='data.max_length']") == "4096"
+
+
 @pytest.mark.parametrize("visit", [{"java_script_enabled": False}], indirect=True)
 def test_without_javascript_a_job_is_launched_and_cancelled(visit: Visit, scenes: Scenes) -> None:
     page = visit.page

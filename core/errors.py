@@ -535,7 +535,8 @@ TEXTS: dict[str, str] = {
     "verdict.rows_held_out": N_("{count:,} of {total:,} rows are held out for validation"),
     "verdict.rows_refused": N_("{count:,} of {total:,} rows are refused; the data set's report names each"),
     "verdict.samples_cut_to_nothing": N_(
-        "{count:,} of {total:,} samples have no trained token within max_length and are left out; a longer one keeps them"
+        "{count:,} of {total:,} samples have no trained token within max_length and are left out; "
+        "a longer one keeps them"
     ),
     "verdict.samples_split": N_("{count:,} of {total:,} samples are longer than max_length and are split"),
     "verdict.samples_too_long": N_(

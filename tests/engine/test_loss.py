@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from core import memory
 from tests.engine import tiny
-from worker.engine import loss as loss_module
 
 FAMILIES = list(tiny.FAMILIES)
 
@@ -106,8 +106,8 @@ def test_chunks_of_the_loss_are_of_no_consequence(folders: dict[str, Path], monk
     step = tiny.step_of(samples)
     model = tiny.load(folders["llama"], method={"type": "full"})
     whole_loss, whole = tiny.gradients(model, step)
-    monkeypatch.setitem(loss_module.CHUNK_LOGITS_BYTES, "cpu", 4 * tiny.VOCABULARY * 5)
-    assert loss_module.chunk_rows(tiny.VOCABULARY, torch.device("cpu")) == 5 < min(b.num_targets for b in step.batches)
+    monkeypatch.setitem(memory.CHUNK_LOGITS_BYTES, "cpu", 4 * tiny.VOCABULARY * 5)
+    assert memory.chunk_rows(tiny.VOCABULARY, on_gpu=False) == 5 < min(b.num_targets for b in step.batches)
     chunked_loss, chunked = tiny.gradients(model, step)
     assert chunked_loss == pytest.approx(whole_loss, rel=1e-6)
     assert tiny.difference(whole, chunked) < 1e-6

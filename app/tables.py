@@ -138,6 +138,9 @@ class Profile(SQLModel, table=True):
     ready_at: float | None = None
     error: str | None = None
     result: bytes | None = Field(default=None, sa_column=Column(LargeBinary, nullable=True))  # zlib of DataProfile JSON
+    # While it runs: the share of the file that is read, and what a sample of its rows shows, packed likewise.
+    progress: float | None = None
+    sampled: bytes | None = Field(default=None, sa_column=Column(LargeBinary, nullable=True))
 
 
 # -- hosts ---------------------------------------------------------------------------------------------------------
@@ -189,6 +192,8 @@ class Job(SQLModel, table=True):
     lease_until: float | None = None
     progress_at: float | None = None
     rev: int = 0  # counts its state moves; the seq of their events
+    trial: dict[str, Any] | None = json_column()  # core.wire.Trial: a few steps for their numbers, without a result
+    forecast: dict[str, Any] | None = json_column()  # core.forecast.Forecast, as it stood when the job was submitted
     plan: dict[str, Any] | None = json_column()  # the newest attempt's `plan` event
     summary: dict[str, Any] | None = json_column()  # newest step, loss, eval_loss, tokens/s, ... for lists and tiles
 

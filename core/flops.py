@@ -15,11 +15,12 @@ attention as the engine runs it, within each sample and each piece of pad, or un
 in it is what a pass costs however small it is, nor what is recomputed, which all ways do alike.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from core.architecture import Architecture
-from core.layout import DUMMY_WIDTH, StepLayout, num_slots, pad_pieces
+from core.arrangement import DUMMY_WIDTH, slots_of
+from core.layout import pad_pieces
 
 MULTIPLY_ADD = 2
 
@@ -42,29 +43,31 @@ def step_flops(
 
 @dataclass(frozen=True)
 class LayoutFlops:
-    """Counts what a step's forward and backward passes compute, over all ranks."""
+    """Counts what forward and backward passes compute."""
 
     slot: int  # in the matrices, each position
     target: float  # in the head, spread over the samples' tokens
     attention: tuple[int, ...]  # of a piece of so many positions
     pair: int | None  # of two positions of a row, where a dense mask is computed over all; None: within pieces
 
-    def __call__(self, layout: StepLayout) -> int:
-        attention = 0
-        for micro_batch in (micro_batch for passes in layout.ranks for micro_batch in passes):
-            lengths = [end - start for row in micro_batch for _, start, end in row] or [DUMMY_WIDTH]
-            slots = num_slots(micro_batch)
-            width = slots // len(micro_batch)
+    def __call__(self, passes: Iterable[Sequence[Sequence[int]]]) -> int:
+        """`passes` hold rows, and those the lengths of the samples side by side in them."""
+        tokens = slots = attention = 0
+        for rows in passes:
+            lengths = [length for row in rows for length in row]
+            tokens += sum(lengths)
+            computed = slots_of(rows)
+            slots += computed
+            width = computed // len(rows)
             if self.pair is not None:
-                attention += slots * width * self.pair
+                attention += computed * width * self.pair
                 continue
-            attention += sum(map(self.attention.__getitem__, lengths))
-            if slots > sum(lengths):
+            attention += sum(map(self.attention.__getitem__, lengths or (DUMMY_WIDTH,)))
+            if lengths and computed > sum(lengths):
                 longest = max(lengths)
-                for row in micro_batch:
-                    pads = pad_pieces(width - sum(end - start for _, start, end in row), longest)
-                    attention += sum(map(self.attention.__getitem__, pads))
-        return layout.slots * self.slot + round(layout.tokens * self.target) + attention
+                for row in rows:
+                    attention += sum(map(self.attention.__getitem__, pad_pieces(width - sum(row), longest)))
+        return slots * self.slot + round(tokens * self.target) + attention
 
 
 def layout_flops(

@@ -7,17 +7,14 @@ Neither loss nor gradient may notice any of it. Four modes:
   padded        a sample a row; each micro-batch is as wide as its longest
   grouped       likewise, but of samples sorted by length, so that neighbours are about equally long
 
-Every rank runs the same number of micro-batches, since at the end of each (or of each layer) it may have to wait for
-the others. So work is dealt evenly, the heaviest first, and what costs nothing is split before a rank is left without:
-a rank that has run out after all runs a dummy row without a trained token.
+Where each lies is decided by core.arrangement.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import pairwise
-from typing import TypeVar
+from itertools import accumulate, pairwise
 
+from core.arrangement import DUMMY_WIDTH, Arrangement, arrange, arrange_padded
 from core.packing import (
     Algorithm,
     CountTargets,
@@ -28,23 +25,16 @@ from core.packing import (
     Row,
     Segment,
     Step,
-    as_lengths,
-    best_fit,
     fill,
     lower_bound,
-    next_fit,
     plan_epoch,
 )
 
 MicroBatch = tuple[Row, ...]
-Item = TypeVar("Item")
+# What a step's passes compute, by the lengths that lie side by side in the rows of each.
+CountFlops = Callable[[Iterable[Sequence[Sequence[int]]]], int]
 
 BASELINE_BATCH = 8  # samples in a batch of the padded baseline that charts compare with
-DUMMY_WIDTH = 1  # slots of the row without a trained token that a rank runs when it has nothing left to do
-
-# In a layer of hidden size h a sample of l tokens costs 24 h^2 l FLOPs in matrix products and 2 h l^2 in causal
-# attention: in proportion l (12 h + l). Work only balances ranks, so one h serves for all: that of a 1 B model.
-LINEAR_WORK_PER_TOKEN = 12 * 2048
 
 # What is laid out of an epoch at most to know all of it; more is estimated from steps spread evenly.
 MOST_STEPS = 1000
@@ -74,44 +64,34 @@ class StepLayout:
 
 def lay_out(step: Step, settings: PlanSettings) -> StepLayout:
     """Rows, micro-batches and ranks for one step. Packed by samples or tokens, the step's own samples are packed."""
-    num_ranks, size = settings.num_ranks, settings.micro_batch_size
-    match settings.mode:
-        case "packed":
-            per_rank = [_cut_rows(rows, size) for rows in _packed_rows(step, settings)]
-        case "padding_free":
-            passes: list[MicroBatch] = [(part,) for part in _in_turn(step.segments, settings)]
-            per_rank = _deal_evenly(passes, num_ranks, lambda micro_batch: _work(micro_batch[0]))
-        case "padded":
-            passes = [_one_a_row(part) for part in _in_turn(step.segments, settings)]
-            per_rank = _deal_evenly(passes, num_ranks, _padded_work)
-        case "grouped":
-            by_length = sorted(step.segments, key=lambda segment: -segment.length)
-            passes = [_one_a_row(part) for part in _in_turn(by_length, settings)]
-            per_rank = _deal_evenly(passes, num_ranks, _padded_work)
-    num_passes = max(len(micro_batches) for micro_batches in per_rank)
-    dummy: MicroBatch = ((),)
-    ranks = tuple((*micro_batches, *[dummy] * (num_passes - len(micro_batches))) for micro_batches in per_rank)
-    return StepLayout(
-        ranks,
-        tokens=_tokens(step.segments),
-        slots=sum(num_slots(micro_batch) for micro_batches in ranks for micro_batch in micro_batches),
-        rows=sum(len(micro_batch) for micro_batches in per_rank for micro_batch in micro_batches),
-    )
+    rows = None
+    if step.rows is not None:
+        borders = accumulate(map(len, step.rows), initial=0)
+        rows = [range(start, end) for start, end in pairwise(borders)]
+    return _of_segments(arrange([segment.length for segment in step.segments], settings, rows), step.segments)
 
 
 def lay_out_alone(step: Step) -> StepLayout:
     """Each segment in a row and a pass of its own, on one rank: what every other layout promises to equal."""
-    passes = tuple(((segment,),) for segment in step.segments)
-    tokens = _tokens(step.segments)
-    return StepLayout((passes,), tokens=tokens, slots=tokens, rows=len(passes))
+    return _of_segments(arrange_padded([segment.length for segment in step.segments], 1), step.segments)
 
 
 def lay_out_padded(step: Step) -> StepLayout:
     """The baseline: the samples in their order on one rank, BASELINE_BATCH to a pass."""
-    borders = range(0, len(step.segments), BASELINE_BATCH)
-    passes = tuple(_one_a_row(step.segments[at : at + BASELINE_BATCH]) for at in borders)
-    slots = padded_slots(step.segments)
-    return StepLayout((passes,), tokens=_tokens(step.segments), slots=slots, rows=len(step.segments))
+    lengths = [segment.length for segment in step.segments]
+    return _of_segments(arrange_padded(lengths, BASELINE_BATCH), step.segments)
+
+
+def _of_segments(arrangement: Arrangement, segments: Sequence[Segment]) -> StepLayout:
+    def row_of(places: Sequence[int]) -> Row:
+        return tuple(map(segments.__getitem__, places))
+
+    return StepLayout(
+        ranks=tuple(tuple(tuple(map(row_of, rows)) for rows in passes) for passes in arrangement.ranks),
+        tokens=sum(arrangement.lengths),
+        slots=arrangement.slots,
+        rows=arrangement.num_rows,
+    )
 
 
 def pad_pieces(num_slots: int, longest: int) -> list[int]:
@@ -126,103 +106,21 @@ def num_slots(micro_batch: MicroBatch) -> int:
     return len(micro_batch) * max(_tokens(row) if row else DUMMY_WIDTH for row in micro_batch)
 
 
-def _in_turn(segments: Sequence[Segment], settings: PlanSettings) -> list[Row]:
-    """The segments in their order, at most micro_batch_size to a pass, and as many passes for every rank as there are
-    segments for."""
-    rounds = -(-len(segments) // (settings.micro_batch_size * settings.num_ranks))
-    num_passes = min(len(segments), rounds * settings.num_ranks)
-    borders = [-(-len(segments) * number // num_passes) for number in range(num_passes + 1)]
-    return [tuple(segments[start:end]) for start, end in pairwise(borders)]
-
-
-def _one_a_row(segments: Row) -> MicroBatch:
-    return tuple((segment,) for segment in segments)
-
-
-def _cut_rows(rows: Sequence[Row], size: int) -> list[MicroBatch]:
-    """Rows of like width share a micro-batch."""
-    by_width = sorted(rows, key=_tokens, reverse=True)
-    return [tuple(by_width[at : at + size]) for at in range(0, len(by_width), size)]
-
-
-def _packed_rows(step: Step, settings: PlanSettings) -> list[list[Row]]:
-    """The rows of each rank: as few as packing the whole step needs. Samples are dealt by their work and packed rank by
-    rank; where that takes a row more, whole rows are dealt. Then the heaviest rows are split until all ranks have
-    equally many: that costs nothing, for attention never crossed their samples, and a dummy row would."""
-    num_ranks = settings.num_ranks
-    if step.rows is not None:
-        return _deal_evenly(step.rows, num_ranks, _work)
-    rows = _pack(step.segments, settings)
-    if num_ranks == 1:
-        return [rows]
-    fewest = -(-len(rows) // num_ranks)
-    places = range(len(step.segments))
-    dealt = _deal_evenly(places, num_ranks, lambda place: _work((step.segments[place],)), most=len(places))
-    per_rank = [_pack([step.segments[place] for place in sorted(part)], settings) for part in dealt]
-    if max(len(part) for part in per_rank) > fewest:
-        per_rank = _deal_evenly(rows, num_ranks, _work)
-    most = max(len(part) for part in per_rank)
-    return [_split_rows(part, most) for part in per_rank]
-
-
-def _pack(segments: Sequence[Segment], settings: PlanSettings) -> list[Row]:
-    pack = next_fit if settings.algorithm == "sequential" else best_fit
-    packs = pack(as_lengths(segment.length for segment in segments), settings.row_length)
-    return [tuple(segments[position] for position in row.tolist()) for row in packs]
-
-
-def _deal_evenly(
-    items: Sequence[Item], num_ranks: int, work: Callable[[Item], int], most: int | None = None
-) -> list[list[Item]]:
-    """The heaviest first, each to the rank with the least work, of those that hold fewer than `most` items (none given:
-    as few as it takes). One rank gets all in their order."""
-    if num_ranks == 1:
-        return [list(items)]
-    most = most or -(-len(items) // num_ranks)
-    per_rank: list[list[Item]] = [[] for _ in range(num_ranks)]
-    done = [0] * num_ranks
-    for item in sorted(items, key=work, reverse=True):
-        rank = min((rank for rank in range(num_ranks) if len(per_rank[rank]) < most), key=done.__getitem__)
-        per_rank[rank].append(item)
-        done[rank] += work(item)
-    return per_rank
-
-
-def _split_rows(rows: list[Row], num_rows: int) -> list[Row]:
-    """Halves the heaviest row until there are `num_rows`, or only rows of one sample."""
-    rows = list(rows)
-    while len(rows) < num_rows and any(len(row) > 1 for row in rows):
-        heaviest = max((row for row in rows if len(row) > 1), key=_work)
-        rows.remove(heaviest)
-        rows += map(tuple, _deal_evenly(heaviest, 2, lambda segment: _work((segment,)), most=len(heaviest) - 1))
-    return rows
-
-
 def _tokens(row: Sequence[Segment]) -> int:
     return sum(end - start for _, start, end in row)
-
-
-def _work(row: Sequence[Segment]) -> int:
-    return sum((end - start) * (LINEAR_WORK_PER_TOKEN + end - start) for _, start, end in row)
-
-
-def _padded_work(micro_batch: MicroBatch) -> int:
-    slots = num_slots(micro_batch)
-    return slots * (LINEAR_WORK_PER_TOKEN + slots // len(micro_batch))
 
 
 # -- what it saves ---------------------------------------------------------------------------------------------------
 
 
-def padded_slots(segments: Sequence[Segment]) -> int:
+def padded_slots(lengths: Sequence[int]) -> int:
     """Slots of the baseline: the same samples in their order, BASELINE_BATCH to a batch, each padded to the longest."""
-    lengths = [end - start for _, start, end in segments]
     batches = (lengths[at : at + BASELINE_BATCH] for at in range(0, len(lengths), BASELINE_BATCH))
     return sum(len(batch) * max(batch) for batch in batches)
 
 
 def padded_efficiency(segments: Sequence[Segment]) -> float:
-    return _tokens(segments) / padded_slots(segments)
+    return _tokens(segments) / padded_slots([segment.length for segment in segments])
 
 
 @dataclass(frozen=True)
@@ -292,7 +190,7 @@ def report(
     max_length: int,
     count_targets: CountTargets | None = None,
     *,
-    count_flops: Callable[[StepLayout], int] | None = None,
+    count_flops: CountFlops | None = None,
     most_steps: int = MOST_STEPS,
     most_samples: int = MOST_SAMPLES,
 ) -> PackingReport:
@@ -312,14 +210,14 @@ def report(
         plan = plans.get(key) or plans.setdefault(key, plan_epoch(lengths, way, seed, 1, count_targets))
         share = 1 if (mode, algorithm) == own else SHARE_OF_OTHERS
         indices = spread(plan, most_steps // share, most_samples // share)
-        reports[mode, algorithm] = _report_way(plan, way, indices, partial(lay_out, settings=way), count_flops)
+        reports[mode, algorithm] = _report_way(plan, way, indices, count_flops)
     whole = plans[None]
     few = spread(whole, most_steps // SHARE_OF_OTHERS, most_samples // SHARE_OF_OTHERS)
     padded = replace(settings, mode="padded", algorithm="best_fit")
     return PackingReport(
         mine=reports.pop(own),
         others=tuple(reports.values()),
-        baseline=_report_way(whole, padded, few, lay_out_padded, count_flops),
+        baseline=_report_way(whole, padded, few, count_flops, is_baseline=True),
         all_padded_efficiency=whole.tokens / (len(whole.order) * max_length),
         fewest_rows=lower_bound(whole.ends, settings.row_length),
     )
@@ -335,20 +233,26 @@ def _report_way(
     plan: EpochPlan,
     settings: PlanSettings,
     indices: Sequence[int],
-    lay_out_step: Callable[[Step], StepLayout],
-    count_flops: Callable[[StepLayout], int] | None,
+    count_flops: CountFlops | None,
+    *,
+    is_baseline: bool = False,
 ) -> WayReport:
     rows = passes = tokens = slots = baseline = flops = 0
+    all_lengths = (plan.ends - plan.starts).tolist()
+    step_offsets = plan.step_offsets.tolist()
     for index in indices:
-        step = plan.step(index)
-        layout = lay_out_step(step)
+        lengths = all_lengths[step_offsets[index] : step_offsets[index + 1]]
+        if is_baseline:
+            arrangement = arrange_padded(lengths, BASELINE_BATCH)
+        else:
+            arrangement = arrange(lengths, settings, plan.rows_of(index))
         if count_flops is not None:
-            flops += count_flops(layout)
-        rows += layout.rows
-        passes += len(layout.ranks[0])
-        tokens += layout.tokens
-        slots += layout.slots
-        baseline += padded_slots(step.segments)
+            flops += count_flops(arrangement.passes())
+        rows += arrangement.num_rows
+        passes += len(arrangement.ranks[0])
+        tokens += sum(lengths)
+        slots += arrangement.slots
+        baseline += padded_slots(lengths)
 
     def of_epoch(laid_out: int) -> int:
         return round(laid_out * plan.tokens / tokens)

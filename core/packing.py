@@ -372,12 +372,22 @@ class EpochPlan:
         start, end = int(self.step_offsets[index]), int(self.step_offsets[index + 1])
         columns = (column[start:end].tolist() for column in (self.order, self.starts, self.ends))
         segments = tuple(map(Segment, *columns))
-        rows: tuple[Row, ...] | None = None
-        if self.row_offsets is not None:
-            first, last = np.searchsorted(self.row_offsets, (start, end))
-            cuts = (self.row_offsets[first : last + 1] - start).tolist()
-            rows = tuple(segments[a:b] for a, b in pairwise(cuts))
-        return Step(self.epoch, index, len(self), segments, rows)
+        rows = self.rows_of(index)
+        return Step(
+            self.epoch,
+            index,
+            len(self),
+            segments,
+            None if rows is None else tuple(segments[row.start : row.stop] for row in rows),
+        )
+
+    def rows_of(self, index: int) -> list[range] | None:
+        """Of a step, in numbers of its segments, where the plan fixes them."""
+        if self.row_offsets is None:
+            return None
+        start, end = self.step_offsets[index : index + 2]
+        first, last = np.searchsorted(self.row_offsets, (start, end))
+        return [range(a, b) for a, b in pairwise((self.row_offsets[first : last + 1] - start).tolist())]
 
 
 def plan_epoch(

@@ -24,7 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from core.layout import DUMMY_WIDTH, MicroBatch, pad_pieces
+from core.arrangement import DUMMY_WIDTH
+from core.layout import MicroBatch, pad_pieces
 from core.packing import Segment
 from core.preflight import StepWork
 

@@ -263,7 +263,7 @@ def plan_for(services: Services, spec: JobSpec) -> JobPlan | Wanted:
         return wanted
     with services.database.read() as session:
         device = _device(session, wanted.model)
-    return plan_job(spec, wanted.data, wanted.model.profile, device)
+    return plan_job(spec, wanted.data, wanted.model.profile, device, services.planned)
 
 
 def plan_if_measured(services: Services, spec: JobSpec) -> JobPlan | None:
@@ -271,7 +271,7 @@ def plan_if_measured(services: Services, spec: JobSpec) -> JobPlan | None:
     with services.database.read() as session:
         wanted = _find(session, spec)
         device = _device(session, wanted.model) if wanted.is_ready else None
-    return None if device is None else plan_job(spec, wanted.data, wanted.model.profile, device)
+    return None if device is None else plan_job(spec, wanted.data, wanted.model.profile, device, services.planned)
 
 
 def refuse_unplannable(services: Services, spec: JobSpec) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import time
 from typing import Annotated, Protocol
@@ -14,6 +14,10 @@ from fastapi.templating import Jinja2Templates
 from app.blobs import BlobStore
 from app.database import Database
 from app.settings import Settings
+from core.memo import Memo
+
+# Selections, runs and packing reports: of the forms that are open. Of a million samples each is up to 100 MB.
+MOST_PLANNED = 12
 
 ROOT = Path(__file__).resolve().parent.parent
 STATIC_DIR = ROOT / "static"
@@ -105,6 +109,7 @@ class Services:
     wake: Wake
     launcher: Launcher
     templates: Jinja2Templates
+    planned: Memo = field(default_factory=lambda: Memo(MOST_PLANNED))
 
 
 def build_services(settings: Settings, clock: Callable[[], float] = time) -> Services:

@@ -10,7 +10,7 @@ left out (under 1 % in models of use).
 
 Model FLOP/s utilisation (PaLM, arXiv 2204.02311, appendix B) is then this over the time and the devices' peak.
 
-To compare ways to lay the same samples out, `LayoutFlops` counts what the passes do compute: pads and dummies too, and
+To compare ways to lay the same samples out, the rest counts what the passes do compute: pads and dummies too, and
 attention as the engine runs it, within each sample and each piece of pad, or under a dense mask over the whole row. Not
 in it is what a pass costs however small it is, nor what is recomputed, which all ways do alike.
 """
@@ -42,49 +42,49 @@ def step_flops(
 
 
 @dataclass(frozen=True)
-class LayoutFlops:
-    """Counts what forward and backward passes compute."""
+class AttentionFlops:
+    """Counts what attention computes in forward and backward passes, pads and dummies included."""
 
-    slot: int  # in the matrices, each position
-    target: float  # in the head, spread over the samples' tokens
-    attention: tuple[int, ...]  # of a piece of so many positions
-    pair: int | None  # of two positions of a row, where a dense mask is computed over all; None: within pieces
+    of_piece: tuple[int, ...]  # of a piece of so many positions
+    of_pair: int | None  # of two positions of a row, where a dense mask is computed over all; None: within pieces
 
     def __call__(self, passes: Iterable[Sequence[Sequence[int]]]) -> int:
         """`passes` hold rows, and those the lengths of the samples side by side in them."""
-        tokens = slots = attention = 0
+        flops = 0
         for rows in passes:
-            lengths = [length for row in rows for length in row]
-            tokens += sum(lengths)
-            computed = slots_of(rows)
-            slots += computed
-            width = computed // len(rows)
-            if self.pair is not None:
-                attention += computed * width * self.pair
+            slots = slots_of(rows)
+            width = slots // len(rows)
+            if self.of_pair is not None:
+                flops += slots * width * self.of_pair
                 continue
-            attention += sum(map(self.attention.__getitem__, lengths or (DUMMY_WIDTH,)))
-            if lengths and computed > sum(lengths):
+            lengths = [length for row in rows for length in row] or [DUMMY_WIDTH]
+            flops += sum(map(self.of_piece.__getitem__, lengths))
+            if slots > sum(lengths):
                 longest = max(lengths)
                 for row in rows:
-                    attention += sum(map(self.attention.__getitem__, pad_pieces(width - sum(row), longest)))
-        return slots * self.slot + round(tokens * self.target) + attention
+                    flops += sum(map(self.of_piece.__getitem__, pad_pieces(width - sum(row), longest)))
+        return flops
 
 
-def layout_flops(
-    shape: Architecture, longest: int, targets_per_token: float, *, num_adapter_parameters: int | None, is_dense: bool
-) -> LayoutFlops | None:
-    """Of layouts whose samples have up to `longest` tokens. `is_dense` where attention builds a mask of whole rows
-    (`sdpa`, `eager`). None where the model's sizes are not known."""
-    if shape.missing:
-        return None
+def attention_flops(shape: Architecture, longest: int, *, is_dense: bool) -> AttentionFlops:
+    """Of samples of up to `longest` tokens, by a model whose sizes are known. `is_dense` where attention builds a mask
+    of whole rows (`sdpa`, `eager`)."""
     pair = _flops_of_a_pair(shape)
     assert shape.num_unlimited_layers is not None
     num_layers = shape.num_unlimited_layers + shape.num_windowed_layers
-    return LayoutFlops(
-        slot=_flops_of_a_token(shape, num_adapter_parameters),
-        target=targets_per_token * _flops_of_a_target(shape, num_adapter_parameters),
-        attention=tuple(pair * _pairs(shape, length) for length in range(max(longest, DUMMY_WIDTH) + 1)),
-        pair=pair * num_layers if is_dense else None,
+    return AttentionFlops(
+        of_piece=tuple(pair * _pairs(shape, length) for length in range(max(longest, DUMMY_WIDTH) + 1)),
+        of_pair=pair * num_layers if is_dense else None,
+    )
+
+
+def matrix_flops(
+    shape: Architecture, targets_per_token: float, *, num_adapter_parameters: int | None
+) -> tuple[int, float]:
+    """Of each position in the matrices, and of each token in the head, whose targets are spread over all of them."""
+    return (
+        _flops_of_a_token(shape, num_adapter_parameters),
+        targets_per_token * _flops_of_a_target(shape, num_adapter_parameters),
     )
 
 

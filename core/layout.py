@@ -36,10 +36,12 @@ CountFlops = Callable[[Iterable[Sequence[Sequence[int]]]], int]
 
 BASELINE_BATCH = 8  # samples in a batch of the padded baseline that charts compare with
 
-# What is laid out of an epoch at most to know all of it; more is estimated from steps spread evenly.
+# Up to so many steps and samples all of an epoch is laid out. Of a longer one it is a quarter of that, spread evenly:
+# sums of steps then differ by a few thousandths from the whole epoch's.
 MOST_STEPS = 1000
 MOST_SAMPLES = 1 << 16
-SHARE_OF_OTHERS = 8  # the ways that a job does not go get an eighth of that each
+SHARE_OF_LONG_EPOCHS = 4
+SHARE_OF_OTHERS = 8  # the ways that a job does not go get an eighth of the first each
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,19 @@ class PackingReport:
     def ways(self) -> tuple[WayReport, ...]:
         return (self.mine, *self.others)
 
+    def with_matrices(self, flops_of_slot: int, flops_of_token: float) -> "PackingReport":
+        """Where `flops` are those of attention alone: all of them. What a position takes in the matrices, pads too, and
+        what each token takes in the head, depend on what is trained; where samples lie, and so what attention
+        computes, does not."""
+
+        def whole(way: WayReport) -> WayReport:
+            assert way.flops is not None
+            return replace(way, flops=way.flops + way.slots * flops_of_slot + round(way.tokens * flops_of_token))
+
+        return replace(
+            self, mine=whole(self.mine), others=tuple(map(whole, self.others)), baseline=whole(self.baseline)
+        )
+
     def of(self, mode: Mode, algorithm: Algorithm = "best_fit") -> WayReport:
         return next(way for way in self.ways if (way.mode, way.algorithm) == (mode, algorithm))
 
@@ -191,11 +206,13 @@ def report(
     count_targets: CountTargets | None = None,
     *,
     count_flops: CountFlops | None = None,
+    own_plan: EpochPlan | None = None,
     most_steps: int = MOST_STEPS,
     most_samples: int = MOST_SAMPLES,
 ) -> PackingReport:
     """Lays the first epoch out in every way, as the trainer would. Wrapped rows are left out where they can't be:
-    without `count_targets`, or by anything but rows."""
+    without `count_targets`, or by anything but rows. `own_plan` is the first epoch's by these settings, where that is
+    known already."""
     ways: list[tuple[Mode, Algorithm]] = [("packed", "best_fit"), ("packed", "sequential")]
     if settings.batch_by == "rows" and count_targets is not None:
         ways.append(("packed", "wrapped"))
@@ -203,12 +220,17 @@ def report(
     own = (settings.mode, settings.algorithm)
     assert own in ways
     plans: dict[Algorithm | None, EpochPlan] = {}
+    if own_plan is not None:
+        plans[settings.algorithm if settings.rows_are_planned else None] = own_plan
     reports: dict[tuple[Mode, Algorithm], WayReport] = {}
     for mode, algorithm in ways:
         way = replace(settings, mode=mode, algorithm=algorithm)
         key = algorithm if way.rows_are_planned else None
         plan = plans.get(key) or plans.setdefault(key, plan_epoch(lengths, way, seed, 1, count_targets))
-        share = 1 if (mode, algorithm) == own else SHARE_OF_OTHERS
+        share = SHARE_OF_OTHERS
+        if (mode, algorithm) == own:
+            is_long = len(plan) > most_steps or len(plan.order) > most_samples
+            share = SHARE_OF_LONG_EPOCHS if is_long else 1
         indices = spread(plan, most_steps // share, most_samples // share)
         reports[mode, algorithm] = _report_way(plan, way, indices, count_flops)
     whole = plans[None]

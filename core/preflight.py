@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
+from core.architecture import Architecture
 from core.errors import Reason, UserError
 from core.events import Choice
-from core.flops import LayoutFlops, layout_flops
+from core.flops import attention_flops, matrix_flops
 from core.layout import (
     MicroBatch,
     PackingReport,
@@ -25,6 +26,7 @@ from core.layout import (
     report,
     spread,
 )
+from core.memo import Memo
 from core.memory import count_adapter_parameters
 from core.memory_report import MemoryReport, report_memory
 from core.packing import BatchBy, PlanSettings, RunPlan, SampleSet, Segment, Step, plan_run
@@ -32,13 +34,15 @@ from core.placement import LargestPass, largest_pass, place
 from core.presets import auto_attention, auto_dtype, auto_learning_rate, refuse_what_only_gpus_do
 from core.profile import DataProfile, ModelProfile
 from core.schedule import Schedule, curve, resolve_warmup_steps
-from core.selection import Selection, choice, select
+from core.selection import Selection, choice, select, selected_by, sets_of
 from core.spec import Adapter, JobSpec, batch_key
 from core.unbuilt import refuse_unbuilt
 from core.wire import Device
 
 # Validation samples that are packed together at a time.
 VALIDATION_CHUNK = 64
+# What a plan made alone keeps: its selection, its run and its packing report.
+KEPT_OF_ONE = 3
 
 _BATCH_BY: dict[str, BatchBy] = {"samples_per_step": "samples", "tokens_per_step": "tokens", "rows_per_step": "rows"}
 
@@ -82,6 +86,7 @@ class JobPlan:
     model: ModelProfile
     device: Device  # that stands for each of the job's
     largest: LargestPass
+    memo: Memo  # of what other plans have in common with this one
 
     @property
     def total_steps(self) -> int:
@@ -167,29 +172,34 @@ class JobPlan:
     @cached_property
     def packing(self) -> PackingReport:
         """What this way of laying samples out costs, and each other."""
-        selection = self.selection
-        count_targets = selection.count_targets if selection.samples.know_their_runs else None
+        is_dense = self.spec.compute.attention in ("sdpa", "eager")
+        by = (self.settings, self.spec.seed, self.model.content_hash, self.known_shape is None, is_dense)
+        ways = self.memo.get(("packing", *by), (self.selection,), lambda: self._report_ways(is_dense))
+        shape, method, train = self.known_shape, self.spec.method, self.selection.train
+        if shape is None:
+            return ways
+        adapter = count_adapter_parameters(shape, method) if isinstance(method, Adapter) else None
+        share = float(train.targets.sum() / train.lengths.sum())
+        return ways.with_matrices(*matrix_flops(shape, share, num_adapter_parameters=adapter))
+
+    def _report_ways(self, is_dense: bool) -> PackingReport:
+        selection, shape = self.selection, self.known_shape
+        longest = int(selection.train.lengths.max())
         return report(
             selection.train.lengths,
             self.settings,
             self.spec.seed,
             selection.max_length,
-            count_targets,
-            count_flops=self._count_flops,
+            selection.count_targets if selection.samples.know_their_runs else None,
+            count_flops=None if shape is None else attention_flops(shape, longest, is_dense=is_dense),
+            own_plan=self.run.epoch_plan(1),
         )
 
     @property
-    def _count_flops(self) -> LayoutFlops | None:
-        shape, method, train = self.model.shape, self.spec.method, self.selection.train
-        if shape is None or shape.missing:
-            return None
-        return layout_flops(
-            shape,
-            int(train.lengths.max()),
-            float(train.targets.sum() / train.lengths.sum()),
-            num_adapter_parameters=count_adapter_parameters(shape, method) if isinstance(method, Adapter) else None,
-            is_dense=self.spec.compute.attention in ("sdpa", "eager"),
-        )
+    def known_shape(self) -> Architecture | None:
+        """The model's, where all of its sizes are known."""
+        shape = self.model.shape
+        return None if shape is None or shape.missing else shape
 
     @cached_property
     def all_counts(self) -> dict[str, int]:
@@ -259,13 +269,21 @@ def _size(micro_batch: MicroBatch) -> tuple[int, int]:
     return num_slots(micro_batch), max((segment.length for row in micro_batch for segment in row), default=0)
 
 
-def plan_job(spec: JobSpec, data: Mapping[str, DataProfile], model: ModelProfile, device: Device) -> JobPlan:
-    """Works a job out. `data` holds a profile for each data set reference in the spec.
+def plan_job(
+    spec: JobSpec, data: Mapping[str, DataProfile], model: ModelProfile, device: Device, memo: Memo | None = None
+) -> JobPlan:
+    """Works a job out. `data` holds a profile for each data set reference in the spec. Whoever plans one job after
+    another gives all of them one `memo`.
 
     Raises UserError or UserErrors where the spec does not fit the data, the model or this release.
     """
     refuse_unbuilt(spec)
-    selection = select(spec, data, model.context_length)
+    memo = memo or Memo(KEPT_OF_ONE)
+    selection = memo.get(
+        ("selection", *selected_by(spec), model.context_length),
+        tuple(data[name] for name in sets_of(spec)),
+        lambda: select(spec, data, model.context_length),
+    )
     max_length = selection.max_length
     settings = PlanSettings(
         mode=spec.packing.mode,
@@ -283,15 +301,19 @@ def plan_job(spec: JobSpec, data: Mapping[str, DataProfile], model: ModelProfile
     )
     if settings.algorithm == "wrapped" and not selection.samples.know_their_runs:
         raise UserError("plan.no_runs", "packing.algorithm")
-    run = plan_run(
-        selection.train.lengths,
-        settings,
-        spec.seed,
-        epochs=spec.schedule.epochs,
-        max_steps=spec.schedule.max_steps,
-        count_targets=selection.count_targets,
-    )
     given = spec.schedule
+    run = memo.get(
+        ("run", settings, spec.seed, given.epochs, given.max_steps),
+        (selection,),
+        lambda: plan_run(
+            selection.train.lengths,
+            settings,
+            spec.seed,
+            epochs=given.epochs,
+            max_steps=given.max_steps,
+            count_targets=selection.count_targets,
+        ),
+    )
     warmup = resolve_warmup_steps(
         run.total_steps, run.steps_per_epoch, given.warmup_ratio, given.warmup_steps, given.warmup_epochs
     )
@@ -306,7 +328,7 @@ def plan_job(spec: JobSpec, data: Mapping[str, DataProfile], model: ModelProfile
         decay=given.decay,
         min_lr_ratio=given.min_lr_ratio,
     )
-    return JobPlan(resolved, choices, selection, settings, run, schedule, model, device, largest)
+    return JobPlan(resolved, choices, selection, settings, run, schedule, model, device, largest, memo)
 
 
 def _resolve(

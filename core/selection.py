@@ -18,7 +18,7 @@ A million samples are arrays here, never objects: that is the difference between
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -171,6 +171,20 @@ class Selection:
         """Of each segment of a step, whose `sample` is a position in `train`."""
         targets: list[int] = self.count_targets(*np.array(segments).T).tolist()
         return targets
+
+
+def selected_by(spec: JobSpec) -> tuple[Hashable, ...]:
+    """All of a spec that `select` asks."""
+    return (
+        spec.data,
+        spec.seed if spec.data.max_samples is not None else None,
+        spec.packing.row_length if spec.data.max_length == "auto" else None,
+    )
+
+
+def sets_of(spec: JobSpec) -> tuple[str, ...]:
+    """Every data set that it names, once."""
+    return tuple(dict.fromkeys((*(part.dataset for part in spec.data.train), *validation_set(spec))))
 
 
 def validation_set(spec: JobSpec) -> list[str]:

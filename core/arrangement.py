@@ -188,10 +188,23 @@ def pack(lengths: Sequence[int], capacity: int, *, is_sequential: bool = False) 
     """Rows of at most `capacity` tokens, by number: decreasing best fit, or one after another in their order.
 
     Raises UserError plan.sample_longer_than_row."""
-    if len(lengths) <= FEW and not is_sequential and max(lengths, default=0) <= capacity:
-        return _best_fit_of_few(lengths, capacity)
+    if len(lengths) <= FEW and max(lengths, default=0) <= capacity:
+        return (_next_fit_of_few if is_sequential else _best_fit_of_few)(lengths, capacity)
     pack_many = next_fit if is_sequential else best_fit
     return [row.tolist() for row in pack_many(np.array(lengths, dtype=np.int64), capacity)]
+
+
+def _next_fit_of_few(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """As core.packing.next_fit."""
+    rows: list[list[int]] = []
+    space = 0
+    for number, length in enumerate(lengths):
+        if length > space or not rows:
+            rows.append([])
+            space = capacity
+        rows[-1].append(number)
+        space -= length
+    return rows
 
 
 def _best_fit_of_few(lengths: Sequence[int], capacity: int) -> list[list[int]]:

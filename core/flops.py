@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from core.architecture import Architecture
-from core.arrangement import DUMMY_WIDTH, slots_of
+from core.arrangement import DUMMY_WIDTH
 from core.layout import pad_pieces
 
 MULTIPLY_ADD = 2
@@ -43,26 +43,22 @@ def step_flops(
 
 @dataclass(frozen=True)
 class AttentionFlops:
-    """Counts what attention computes in forward and backward passes, pads and dummies included."""
+    """Counts what attention computes in forward and backward, pads and dummies included."""
 
     of_piece: tuple[int, ...]  # of a piece of so many positions
     of_pair: int | None  # of two positions of a row, where a dense mask is computed over all; None: within pieces
 
-    def __call__(self, passes: Iterable[Sequence[Sequence[int]]]) -> int:
-        """`passes` hold rows, and those the lengths of the samples side by side in them."""
-        flops = 0
-        for rows in passes:
-            slots = slots_of(rows)
-            width = slots // len(rows)
-            if self.of_pair is not None:
-                flops += slots * width * self.of_pair
-                continue
-            lengths = [length for row in rows for length in row] or [DUMMY_WIDTH]
-            flops += sum(map(self.of_piece.__getitem__, lengths))
-            if slots > sum(lengths):
-                longest = max(lengths)
-                for row in rows:
-                    flops += sum(map(self.of_piece.__getitem__, pad_pieces(width - sum(row), longest)))
+    def __call__(self, rows: Sequence[Sequence[int]], slots: int) -> int:
+        """Of a pass whose `rows` hold the lengths of the samples side by side in them; none: a dummy's."""
+        width = slots // len(rows)
+        if self.of_pair is not None:
+            return slots * width * self.of_pair
+        lengths = [length for row in rows for length in row] or [DUMMY_WIDTH]
+        flops = sum(map(self.of_piece.__getitem__, lengths))
+        if slots > sum(lengths):
+            longest = max(lengths)
+            for row in rows:
+                flops += sum(map(self.of_piece.__getitem__, pad_pieces(width - sum(row), longest)))
         return flops
 
 

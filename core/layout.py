@@ -10,11 +10,11 @@ Neither loss nor gradient may notice any of it. Four modes:
 Where each lies is decided by core.arrangement.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from core.arrangement import DUMMY_WIDTH, Arrangement, arrange, arrange_padded
+from core.arrangement import DUMMY_WIDTH, Arrangement, arrange, arrange_padded, slots_of
 from core.packing import (
     Algorithm,
     CountTargets,
@@ -31,17 +31,17 @@ from core.packing import (
 )
 
 MicroBatch = tuple[Row, ...]
-# What a step's passes compute, by the lengths that lie side by side in the rows of each.
-CountFlops = Callable[[Iterable[Sequence[Sequence[int]]]], int]
+# What a forward pass computes, by the lengths that lie side by side in its rows, and its slots.
+CountFlops = Callable[[Sequence[Sequence[int]], int], int]
 
 BASELINE_BATCH = 8  # samples in a batch of the padded baseline that charts compare with
 
-# Up to so many steps and samples all of an epoch is laid out. Of a longer one it is a quarter of that, spread evenly:
-# sums of steps then differ by a few thousandths from the whole epoch's.
+# Up to so many steps and samples all of an epoch is laid out. Of a longer one it is an eighth of that, spread evenly,
+# and held against its tokens: that is within a few thousandths of the whole.
 MOST_STEPS = 1000
 MOST_SAMPLES = 1 << 16
-SHARE_OF_LONG_EPOCHS = 4
-SHARE_OF_OTHERS = 8  # the ways that a job does not go get an eighth of the first each
+SHARE_OF_LONG_EPOCHS = 8
+SHARE_OF_OTHERS = 16  # what each of the ways that a job does not go gets of the first
 
 
 @dataclass(frozen=True)
@@ -260,20 +260,20 @@ def _report_way(
     is_baseline: bool = False,
 ) -> WayReport:
     rows = passes = tokens = slots = baseline = flops = 0
-    all_lengths = (plan.ends - plan.starts).tolist()
-    step_offsets = plan.step_offsets.tolist()
     for index in indices:
-        lengths = all_lengths[step_offsets[index] : step_offsets[index + 1]]
+        lengths = plan.lengths_of(index)
         if is_baseline:
             arrangement = arrange_padded(lengths, BASELINE_BATCH)
         else:
             arrangement = arrange(lengths, settings, plan.rows_of(index))
-        if count_flops is not None:
-            flops += count_flops(arrangement.passes())
+        for rows_of_pass in arrangement.passes():
+            slots_of_pass = slots_of(rows_of_pass)
+            slots += slots_of_pass
+            if count_flops is not None:
+                flops += count_flops(rows_of_pass, slots_of_pass)
         rows += arrangement.num_rows
         passes += len(arrangement.ranks[0])
         tokens += sum(lengths)
-        slots += arrangement.slots
         baseline += padded_slots(lengths)
 
     def of_epoch(laid_out: int) -> int:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -381,6 +381,12 @@ class EpochPlan:
             None if rows is None else tuple(segments[row.start : row.stop] for row in rows),
         )
 
+    def lengths_of(self, index: int) -> list[int]:
+        """Of a step's segments, in tokens."""
+        start, end = self.step_offsets[index : index + 2]
+        lengths: list[int] = (self.ends[start:end] - self.starts[start:end]).tolist()
+        return lengths
+
     def rows_of(self, index: int) -> list[range] | None:
         """Of a step, in numbers of its segments, where the plan fixes them."""
         if self.row_offsets is None:
@@ -400,9 +406,7 @@ def plan_epoch(
     assert seed >= 0 and epoch >= 1 and len(lengths) >= 1
     assert not settings.sets or sum(part.num_samples for part in settings.sets) == len(lengths)
     _refuse_longer(lengths, settings.row_length)
-    bits = np.random.PCG64(np.random.SeedSequence((seed, epoch)))
-    samples = _epoch_samples(len(lengths), settings, bits)
-    order = samples[_shuffle(len(samples), bits)]
+    order, state = _epoch_order(len(lengths), settings.sets, seed, epoch)
     in_order = lengths[order]
     if settings.rows_are_planned:
         if settings.algorithm == "wrapped":
@@ -412,6 +416,8 @@ def plan_epoch(
             packs = next_fit(in_order, settings.row_length)
         else:
             packs = best_fit(in_order, settings.row_length)
+            bits = np.random.PCG64()
+            bits.state = state
             packs = packs.in_order(_shuffle(len(packs), bits))
         order, in_order = order[packs.indices], in_order[packs.indices]
         step_offsets = packs.offsets[_every(settings.per_step, len(packs))]
@@ -448,12 +454,22 @@ def _plan_wrapped(
     )
 
 
-def _epoch_samples(num_samples: int, settings: PlanSettings, bits: np.random.PCG64) -> IntArray:
-    if not settings.sets:
+@lru_cache(maxsize=2)  # a report plans one epoch in several ways
+def _epoch_order(num_samples: int, sets: tuple[SampleSet, ...], seed: int, epoch: int) -> tuple[IntArray, Any]:
+    """An epoch's samples as they are drawn, and the state of the generator behind that."""
+    bits = np.random.PCG64(np.random.SeedSequence((seed, epoch)))
+    samples = _epoch_samples(num_samples, sets, bits)
+    order = samples[_shuffle(len(samples), bits)]
+    order.setflags(write=False)
+    return order, bits.state
+
+
+def _epoch_samples(num_samples: int, sets: tuple[SampleSet, ...], bits: np.random.PCG64) -> IntArray:
+    if not sets:
         return np.arange(num_samples)
     drawn: list[IntArray] = []
     first = 0
-    for part in settings.sets:
+    for part in sets:
         members = np.arange(first, first + part.num_samples)
         drawn.extend([members] * int(part.weight))
         num_extra = ceil_share(part.weight, len(members)) - int(part.weight) * len(members)

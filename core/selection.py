@@ -21,7 +21,7 @@ import random
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,11 @@ class Pieces:
 
     def at(self, chosen: BoolArray | IntArray) -> "Pieces":
         return Pieces(*(column[chosen] for column in self.columns))
+
+    @property
+    def num_samples(self) -> int:
+        """That they are of; the pieces of one lie side by side."""
+        return int(begins_anew(self.sample_ids).sum())
 
     @classmethod
     def in_order(cls, *parts: "Pieces") -> "Pieces":
@@ -135,6 +140,11 @@ class Samples:
 
     def whole(self, sample_ids: IntArray) -> Pieces:
         return Pieces(sample_ids, np.zeros_like(sample_ids), self.lengths[sample_ids], self.trained[sample_ids])
+
+
+def begins_anew(numbers: npt.NDArray[Any]) -> BoolArray:
+    """Where a number is not the one before it."""
+    return np.concatenate((np.ones(min(1, len(numbers)), np.bool_), numbers[1:] != numbers[:-1]))
 
 
 def _joined(columns: Sequence[Column]) -> IntArray:
@@ -246,7 +256,7 @@ def select(spec: JobSpec, data: Mapping[str, DataProfile], context_length: int) 
         }
         raise _no_samples(counts, reasons)
     held, _ = _fit(samples, validation[samples.trained[validation] > 0], max_length, spec.data.overlong)
-    num_held = len(np.unique(held.sample_ids))
+    num_held = held.num_samples
     counts |= {
         "samples": len(train),
         "samples_without_trained_tokens": len(train) - len(teaching),
@@ -285,10 +295,10 @@ class _Rows:
         of_sample, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
         num_rows = 0
         for profile in profiles:
-            rows, first, place = np.unique(profile.sample_row.numbers, return_index=True, return_inverse=True)
-            of_sample.append(place + num_rows)
-            hashes.append(np.asarray(profile.sample_hash.numbers).astype(np.uint64)[first])
-            num_rows += len(rows)
+            is_first = begins_anew(np.asarray(profile.sample_row.numbers))
+            of_sample.append(np.cumsum(is_first) - 1 + num_rows)
+            hashes.append(np.asarray(profile.sample_hash.numbers).astype(np.uint64)[is_first])
+            num_rows += int(is_first.sum())
         return cls(np.concatenate(of_sample), np.concatenate(hashes))
 
 
@@ -315,7 +325,7 @@ def _hold_out(spec: JobSpec, hashes: npt.NDArray[np.uint64], taken: BoolArray) -
     up_to = np.cumsum(counts)
     is_enough = (up_to - counts >= wanted) | (up_to >= num_rows)
     num_chosen = int(np.argmax(is_enough)) if is_enough.any() else 0
-    held_out = taken & np.isin(hashes, distinct[:num_chosen])
+    held_out = taken & (hashes <= distinct[num_chosen - 1]) if num_chosen else np.zeros_like(taken)
     num_held_out = int(held_out.sum())
     if reason is None and wanted:
         reason = Reason("auto.validation_given", {"held_out": num_held_out, "num_rows": num_rows})
@@ -377,7 +387,7 @@ def _fit(
         kept = Pieces.in_order(whole.at(~is_long), cut.at(teaches))
     trained = int(kept.targets.sum())
     fates |= {
-        "samples_trained": len(np.unique(kept.sample_ids)),
+        "samples_trained": kept.num_samples,
         "pieces": len(kept),
         "targets_lost": fates["targets"] - fates["targets_too_long"] - trained,
         "targets_trained": trained,

@@ -8,8 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.layout import MOST_SAMPLES, lay_out, lay_out_padded, num_slots, padded_efficiency, report
-from core.packing import PlanSettings, SampleSet, Segment, Step, fill, lower_bound, plan_epoch
+from core.arrangement import FEW, deal_evenly, pack
+from core.errors import UserError
+from core.layout import MOST_SAMPLES, SHARE_OF_OTHERS, lay_out, lay_out_padded, num_slots, padded_efficiency, report
+from core.packing import (
+    PlanSettings,
+    SampleSet,
+    Segment,
+    Step,
+    best_fit,
+    fill,
+    lower_bound,
+    next_fit,
+    plan_epoch,
+)
 
 CAPACITY = 64
 MODES = ["packed", "padding_free", "grouped", "padded"]
@@ -213,7 +225,7 @@ def test_the_report_of_each_way_is_the_sum_of_its_steps_as_they_are_laid_out(bat
     lengths = np.random.default_rng(2).integers(1, CAPACITY, 200)
     per_step = 64 if batch_by == "tokens" else 6
     own = settings(batch_by, per_step, mode, micro_batch_size=4, num_ranks=num_ranks, algorithm=algorithm)
-    answer = report(lengths, own, 11, CAPACITY, every_token)
+    answer = report(lengths, own, 11, CAPACITY, every_token, most_steps=SHARE_OF_OTHERS * len(lengths))
     assert (answer.mine.mode, answer.mine.algorithm) == (mode, algorithm)
     assert len(answer.ways) == (6 if batch_by == "rows" else 5)
     for way in answer.ways:
@@ -242,9 +254,9 @@ def test_the_report_of_each_way_is_the_sum_of_its_steps_as_they_are_laid_out(bat
 def test_a_report_of_some_steps_says_that_it_is_an_estimate_of_the_whole_epoch():
     lengths = np.random.default_rng(2).integers(1, CAPACITY, 4000)
     exact = report(lengths, settings(per_step=4), 11, CAPACITY)
-    rough = report(lengths, settings(per_step=4), 11, CAPACITY, most_steps=100)
+    rough = report(lengths, settings(per_step=4), 11, CAPACITY, most_steps=800)
     assert exact.mine.is_exact and not rough.mine.is_exact
-    assert (rough.mine.steps_laid_out, rough.of("padded").steps_laid_out) == (25, 12)
+    assert (rough.mine.steps_laid_out, rough.of("padded").steps_laid_out) == (100, 50)
     for right, estimate in zip(exact.ways, rough.ways, strict=True):
         assert estimate.tokens == right.tokens
         assert estimate.rows == pytest.approx(right.rows, rel=0.1)
@@ -256,3 +268,36 @@ def test_large_steps_are_laid_out_in_part_too():
     answer = report(lengths, settings(per_step=MOST_SAMPLES // 4), 1, CAPACITY)
     assert (answer.mine.steps_laid_out, answer.mine.steps_per_epoch) == (1, 16)
     assert answer.of("padded").steps_laid_out == 1
+
+
+# -- few samples, one by one -----------------------------------------------------------------------------------------
+
+
+@given(length_lists, st.integers(CAPACITY, 3 * CAPACITY))
+def test_few_samples_are_packed_into_rows_of_the_widths_that_many_are(lengths, capacity):
+    assert len(lengths) <= FEW
+    few = pack(lengths.tolist(), capacity)
+    assert sorted(number for row in few for number in row) == list(range(len(lengths)))
+    many = best_fit(lengths, capacity)
+    assert Counter(int(lengths[row].sum()) for row in few) == Counter(int(lengths[row].sum()) for row in many)
+
+
+@given(length_lists, st.integers(CAPACITY, 3 * CAPACITY))
+def test_few_samples_in_sequence_make_the_rows_that_many_do(lengths, capacity):
+    assert pack(lengths.tolist(), capacity, is_sequential=True) == [row.tolist() for row in next_fit(lengths, capacity)]
+
+
+def test_a_sample_that_no_row_takes_is_refused_among_few_as_among_many():
+    for is_sequential in (False, True):
+        with pytest.raises(UserError, match="65"):
+            pack([3, 65], CAPACITY, is_sequential=is_sequential)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(2, 6))
+def test_dealing_gives_every_rank_as_few_items_as_it_takes_and_the_next_to_the_least_laden(work, num_ranks):
+    parts = deal_evenly(work, num_ranks)
+    assert sorted(item for part in parts for item in part) == list(range(len(work)))
+    assert max(map(len, parts)) <= -(-len(work) // num_ranks)
+    free = deal_evenly(work, num_ranks, most=len(work))
+    totals = [sum(work[item] for item in part) for part in free]
+    assert max(totals) - min(totals) <= max(work), "else the last item of the fullest would have gone elsewhere"

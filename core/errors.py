@@ -83,6 +83,10 @@ TEXTS: dict[str, str] = {
         "set compute.compile to false"
     ),
     "plan.flex_on_cpu": N_("flex_attention has no backward pass on a CPU; choose auto or flash in compute.attention"),
+    "plan.offload_on_cpu": N_(
+        "parallel.offload {offload} moves numbers to CPU memory, where a job on a CPU has them already; "
+        "set parallel.offload to none"
+    ),
     "plan.overlong": N_(
         "{num_dropped} of {num_samples} samples are longer than data.max_length {max_length} and would be dropped, "
         "with {share} of the trained tokens; raise data.max_length (the longest sample has {longest} tokens), "
@@ -98,6 +102,12 @@ TEXTS: dict[str, str] = {
         "choose a model with a longer context, or set data.overlong: truncate keeps the turns that fit, split makes "
         "several samples of one, drop accepts it"
     ),
+    "plan.overlong_memory": N_(
+        "{num_dropped} of {num_samples} samples are longer than data.max_length {max_length} and would be dropped, "
+        "with {share} of the trained tokens; the longest has {longest}, and by estimate samples of at most {fits} fit "
+        "{device}, so set data.overlong: truncate keeps the turns that fit, split makes several samples of one, drop "
+        "accepts it"
+    ),
     "plan.sample_longer_than_row": N_(
         "a sample of {length} tokens is longer than a row of {row_length}; set packing.row_length to at least {length}"
     ),
@@ -110,6 +120,32 @@ TEXTS: dict[str, str] = {
         "wrapped into rows of {row_length} tokens every trained token comes first in its piece, where nothing predicts "
         "it; choose packing.algorithm best_fit, or raise packing.row_length"
     ),
+    # -- host: what no host that has the model can do ------------------------------------------------------------
+    "host.no_bitsandbytes": N_(
+        "{field} {value} needs bitsandbytes, and no host that has this model has it installed ({hosts}); install it "
+        "there and restart the worker, or do without: method.type lora, optimizer.name adamw"
+    ),
+    "host.no_compiler": N_(
+        "parallel.offload {value} steps with DeepSpeed's CPU Adam, and no host that has this model can compile it "
+        "({hosts}); install g++ and ninja there and restart the worker, or set parallel.offload to none"
+    ),
+    "host.no_deepspeed": N_(
+        "parallel.zero_stage {value} shards with DeepSpeed, and no host that has this model has it installed "
+        "({hosts}); install it there and restart the worker, or set parallel.zero_stage to 0"
+    ),
+    "host.together": N_(
+        "no single host that has this model offers all that the job asks for ({asked}): {hosts}; ask for less, or "
+        "install what is missing"
+    ),
+    "host.too_few_cpus": N_(
+        "parallel.devices {devices}: no host that has this model has more than {most} CPUs to run ranks on ({hosts}); "
+        "set at most {most}"
+    ),
+    "host.too_few_gpus": N_(
+        "parallel.devices {devices}: no host that has this model has more than {most} GPUs ({hosts}); set at most "
+        "{most}"
+    ),
+    "host.unknown_device": N_("{name} is no device of a host that could run this job; known are: {known}"),
     # -- warm-up: where its number of steps comes from -----------------------------------------------------------
     "warmup.default": N_("3 % of {total_steps} steps, which is the default"),
     "warmup.default_short": N_("a short run of {total_steps} steps: 10 % of them, at most 10, which is the default"),
@@ -556,6 +592,11 @@ TEXTS: dict[str, str] = {
         "{count:,} of {total:,} trained tokens are lost an epoch where wrapped rows cut samples; set "
         "packing.algorithm to best_fit to lose none"
     ),
+    "verdict.validation_overlap": N_(
+        "about {count:,} of {total:,} validation rows say what a training row says ({equal:,} the same, about {alike:,} "
+        "nearly), so the validation loss looks better than it is; take the duplicates out of the data, its page lists "
+        "them, or set data.validation to a data set that shares no row with the training data"
+    ),
     "verdict.warmup_most_of_run": N_(
         "the warm-up takes {warmup_steps:,} of {total_steps:,} steps, so most of the run stays below its peak; set "
         "schedule.warmup_steps to {default:,}"
@@ -567,6 +608,64 @@ TEXTS: dict[str, str] = {
     "verdict.whole_saves": N_(
         "Whole conversations are {whole:,} tokens; a sample for each turn would be {split:,}, {ratio} times as many."
     ),
+    # -- forecast: time, cost, disk and place ---------------------------------------------------------------------
+    "forecast.continues": N_("it goes on from the checkpoints of another job, which is not forecast"),
+    "forecast.disk_short": N_(
+        "up to {needed} will be written on {host}, where {free} are free; keep fewer checkpoints, or make room: the "
+        "cache of tokens there can be deleted at any time"
+    ),
+    "forecast.disk_short_old": N_(
+        "up to {needed} will be written on {host}, where {free} are free; keep fewer checkpoints, or make room: the "
+        "cache of tokens there can be deleted at any time, and so can checkpoints of jobs that have ended, the largest "
+        "of {names}"
+    ),
+    "forecast.formula_cpu": N_(
+        "a formula, right within a factor of {factor}: the work at {pace} a process. The first job or dry run on "
+        "{device} gives a measured pace"
+    ),
+    "forecast.formula_gpu": N_(
+        "a formula, right within a factor of {factor}: the work at {percent} % of {peak}, the peak of {device} in "
+        "{dtype}. The first job or dry run there gives a measured pace"
+    ),
+    "forecast.jobs": N_("measured: the last {num_jobs} jobs like this on {device} made {pace}"),
+    "forecast.learned": N_("the last {num_jobs} jobs like this took {ratio}x what was planned; that is included"),
+    "forecast.learned_one": N_("the last job like this took {ratio}x what was planned; that is included"),
+    "forecast.memory": N_("peak memory of the last {num_jobs} jobs like this was {percent} % of their plan"),
+    "forecast.memory_one": N_("peak memory of the last job like this was {percent} % of its plan"),
+    "forecast.no_peak": N_(
+        "no forecast of time: no peak is known of {device}; the first job or dry run there gives a pace"
+    ),
+    "forecast.no_sizes": N_(
+        "no forecast of time: the model's sizes are not known, so its work cannot be counted; the first job or dry run "
+        "on {device} gives a pace"
+    ),
+    "forecast.not_measured": N_("its data had not been measured when it was launched, so nothing was forecast"),
+    "forecast.one_job": N_("measured: the last job like this on {device} made {pace}"),
+    "forecast.starts": N_("starts at once on {devices} of {host}"),
+    "forecast.trial": N_("measured: a dry run of {steps} steps on {device} made {pace}"),
+    # -- trial: a few steps for what they tell -------------------------------------------------------------------
+    "trial.all_diverged": N_(
+        "every rate diverged, also the smallest, {smallest}; probe again around {lower}, or look for what is wrong "
+        "with the data"
+    ),
+    "trial.best_is_largest": N_(
+        "{rate}, the largest rate that was tried, has the lowest loss over the last {steps} steps ({loss}), so the "
+        "best may be larger still; probe again around it, or take it"
+    ),
+    "trial.best_is_smallest": N_(
+        "{rate}, the smallest rate that was tried, has the lowest loss over the last {steps} steps ({loss}), so the "
+        "best may be smaller still; probe again around it, or take it"
+    ),
+    "trial.best_lies_between": N_("{rate} has the lowest loss over the last {steps} steps ({loss})"),
+    "trial.illegal_action": N_(
+        "a trial does not take {action}, for nothing of it is kept; it takes: {legal}. Clone it for the whole job"
+    ),
+    "trial.rate_twice": N_("{rate} stands twice among the rates; give each once"),
+    "trial.smaller_within_noise": N_(
+        "{best} has the lowest loss over the last {steps} steps, but {rate} ({loss}) is within the noise of it, and of "
+        "rates that a few steps do not tell apart the smaller is the safer in a long run"
+    ),
+    "trial.unknown_key": N_("{key} is no key of a trial of the kind {kind}; its keys are {known}"),
     # -- app: requests -------------------------------------------------------------------------------------------
     "app.internal": N_("the server failed; its log says why under the request id {request_id}"),
     "app.not_found": N_("there is no {thing} {name}"),

@@ -28,8 +28,8 @@ class BaseEvent(BaseModel):
 
 
 class Phase(BaseEvent):
-    """Where the job is: fetch, load_model, tokenise, plan, probe, longest_batch, train, evaluate, save_checkpoint,
-    save_result, ..."""
+    """Where the job is: fetch, load_model, tokenise, plan, probe, longest_batch, train, probe_rates, evaluate,
+    save_checkpoint, save_result, ..."""
 
     kind: Literal["phase"] = "phase"
     name: str
@@ -53,6 +53,31 @@ class Choice(BaseModel):
         return Reason(self.code, self.parameters).text(translate) if self.code in TEXTS else self.code
 
 
+class RunTotals(BaseModel):
+    """What all steps of a run come to; a run may end earlier."""
+
+    model_config = ConfigDict(frozen=True)
+
+    steps: int
+    rows: int
+    tokens: int
+    trained_tokens: int
+    slots: int
+    is_exact: bool  # each step was laid out; else the first epoch stands for all
+
+    @property
+    def padding_efficiency(self) -> float | None:
+        return self.tokens / self.slots if self.slots else None
+
+    def of_first(self, num_steps: int) -> "RunTotals":
+        """Of so many of its steps, as an estimate where these are not all."""
+        if num_steps == self.steps:
+            return self
+        share = num_steps / self.steps
+        parts = {name: round(share * getattr(self, name)) for name in ("rows", "tokens", "trained_tokens", "slots")}
+        return RunTotals(steps=num_steps, **parts, is_exact=False)
+
+
 class Plan(BaseEvent):
     """What the job will do, known before its first step; the planned curve is drawn from it."""
 
@@ -73,6 +98,9 @@ class Plan(BaseEvent):
     padding_efficiency: float
     padded_efficiency: float
     fill: float
+    num_slots: int | None = None  # of the first epoch
+    num_flops: int | None = None  # that its passes compute; None where the model's sizes are not known
+    totals: RunTotals | None = None  # of the whole run
     planned_peak_bytes: int | None = None  # of a device; to hold against the steps' memory_peak_bytes
     trainable_parameters: int
     total_parameters: int
@@ -113,6 +141,18 @@ class Eval(BaseEvent):
     eval_loss: float | None
     perplexity: float | None
     token_accuracy: float
+
+
+class Probe(BaseEvent):
+    """A step of a probe of learning rates: `learning_rate` is the one that is probed, which the step's own may not have
+    reached yet. Steps count from 1 anew for each rate."""
+
+    kind: Literal["probe"] = "probe"
+    learning_rate: float
+    step: int
+    loss: float | None
+    grad_norm: float | None
+    diverged: bool = False  # and so the last of its rate
 
 
 class Checkpoint(BaseEvent):
@@ -177,10 +217,10 @@ class RawEvent(BaseModel):
     kind: str = Field(max_length=64)
 
 
-Event = Phase | Plan | Step | Eval | Checkpoint | Sample | Log | Gpu | Warning | Failure | End
+Event = Phase | Plan | Step | Eval | Probe | Checkpoint | Sample | Log | Gpu | Warning | Failure | End
 KNOWN_KINDS: dict[str, type[BaseEvent]] = {
     event.model_fields["kind"].default: event
-    for event in (Phase, Plan, Step, Eval, Checkpoint, Sample, Log, Gpu, Warning, Failure, End)
+    for event in (Phase, Plan, Step, Eval, Probe, Checkpoint, Sample, Log, Gpu, Warning, Failure, End)
 }
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Discriminator("kind")])
 
@@ -239,6 +279,7 @@ __all__ = [
     "Log",
     "Phase",
     "Plan",
+    "Probe",
     "RawEvent",
     "Sample",
     "Step",

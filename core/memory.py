@@ -150,8 +150,15 @@ def count_parameters(load: Load) -> Counts:
 def count_adapter_parameters(shape: Architecture, method: Adapter) -> int:
     """Of a LoRA: rank x (in + out) for each layer that gets one. Layers that are named in a way that no family has here
     are not counted, nor is what `modules_to_save` trains in full."""
+    assert shape.num_layers is not None
+    return shape.num_layers * sum(adapters_of_layer(shape, method).values())
+
+
+def adapters_of_layer(shape: Architecture, method: Adapter) -> dict[str, int]:
+    """Parameters of each adapter of a layer, by the name of what it is laid on; experts whose weights are one tensor
+    share one."""
     h, q, k = shape.hidden_size, shape.query_width, shape.key_value_width
-    assert h is not None and q is not None and k is not None and shape.num_layers is not None
+    assert h is not None and q is not None and k is not None
     sides = {"q_proj": h + q, "k_proj": h + k, "v_proj": h + k, "o_proj": q + h}
     num_experts_of: dict[str, int] = {}
     if shape.parameters.mlp and shape.intermediate_size is not None and not shape.num_experts:
@@ -165,11 +172,11 @@ def count_adapter_parameters(shape: Architecture, method: Adapter) -> int:
     wanted = sides if asked == "all-linear" else {name.rsplit(".", 1)[-1] for name in asked}
     left_out = {name.rsplit(".", 1)[-1] for name in method.exclude_modules}
     expert_rank = max(1, method.rank // (shape.experts_per_token or 1))
-    return shape.num_layers * sum(
-        (expert_rank * num_experts_of[name] if name in num_experts_of else method.rank) * width
+    return {
+        name: (expert_rank * num_experts_of[name] if name in num_experts_of else method.rank) * width
         for name, width in sides.items()
         if name in wanted and name not in left_out
-    )
+    }
 
 
 def optimizer_state_bytes(num_values: int, name: OptimizerName) -> int:

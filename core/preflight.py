@@ -30,14 +30,16 @@ from core.memo import Memo
 from core.memory import count_adapter_parameters
 from core.memory_report import MemoryReport, report_memory
 from core.packing import BatchBy, PlanSettings, RunPlan, SampleSet, Segment, Step, plan_run
-from core.placement import LargestPass, largest_pass, place
-from core.presets import auto_attention, auto_dtype, auto_learning_rate, refuse_what_only_gpus_do
+from core.placement import LargestPass, StepBounds, place, step_bounds
+from core.presets import auto_attention, auto_dtype, auto_learning_rate
 from core.profile import DataProfile, ModelProfile
+from core.refusals import refuse
 from core.schedule import Schedule, curve, resolve_warmup_steps
 from core.selection import Selection, choice, select, selected_by, sets_of
 from core.spec import Adapter, JobSpec, batch_key
 from core.unbuilt import refuse_unbuilt
 from core.wire import Device
+from core.zero import Loaded
 
 # Validation samples that are packed together at a time.
 VALIDATION_CHUNK = 64
@@ -259,6 +261,8 @@ class JobPlan:
             "padding_efficiency": mine.padding_efficiency,
             "padded_efficiency": mine.padded_efficiency,
             "fill": mine.fill,
+            "num_slots": mine.slots,
+            "num_flops": mine.flops,
             "planned_peak_bytes": self.memory.planned_peak_bytes,
             "counts": self.all_counts,
             "choices": [choice.model_dump() for choice in self.choices],

@@ -592,10 +592,14 @@ TEXTS: dict[str, str] = {
         "{count:,} of {total:,} trained tokens are lost an epoch where wrapped rows cut samples; set "
         "packing.algorithm to best_fit to lose none"
     ),
+    "verdict.validation_equal": N_(
+        "{count:,} of {total:,} validation rows equal a training row, so the validation loss looks better than it is; "
+        "take them out of one of the files, or hold a fraction out instead, which keeps equal rows on one side"
+    ),
     "verdict.validation_overlap": N_(
-        "about {count:,} of {total:,} validation rows say what a training row says ({equal:,} the same, about {alike:,} "
-        "nearly), so the validation loss looks better than it is; take the duplicates out of the data, its page lists "
-        "them, or set data.validation to a data set that shares no row with the training data"
+        "about {count:,} of {total:,} validation rows say what a training row says ({equal:,} are equal, about "
+        "{alike:,} nearly), so the validation loss looks better than it is; take the duplicates out of the data, its "
+        "page lists them, or validate on a data set that shares none with the training data"
     ),
     "verdict.warmup_most_of_run": N_(
         "the warm-up takes {warmup_steps:,} of {total_steps:,} steps, so most of the run stays below its peak; set "

@@ -10,7 +10,7 @@ Alternatives, of which naming one switches the others' defaults off, are fields 
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
@@ -115,6 +115,8 @@ Number = BeforeValidator(_number)
 Text = Annotated[str, BeforeValidator(_text)]
 Count = Annotated[int, Number, Field(ge=1)]
 Real = Annotated[float, Number, Field(allow_inf_nan=False)]
+LARGEST_LEARNING_RATE = 10
+LearningRate = Annotated[Real, Field(gt=0, le=LARGEST_LEARNING_RATE)]
 Name = Annotated[Text, Field(min_length=1, max_length=512)]
 ModuleName = Annotated[Text, Field(min_length=1, max_length=200)]
 
@@ -458,7 +460,7 @@ class Parallel(Part):
 
 
 class Schedule(Part):
-    learning_rate: Literal["auto"] | Annotated[Real, Field(gt=0, le=10)] = knob(
+    learning_rate: Literal["auto"] | LearningRate = knob(
         "auto", "Learning rate", N_("The peak, reached after the warm-up."), group="Schedule and optimizer"
     )
     decay: Decay = knob(
@@ -752,15 +754,20 @@ def suggest_key(path: str, known: Sequence[str] | None = None) -> str | None:
 
 def raise_faults(error: ValidationError) -> NoReturn:
     """Pydantic's findings as UserErrors: one a field, in our words."""
+    raise UserErrors(faults_of(error))
+
+
+def faults_of(error: ValidationError, known: Container[str] = _KNOWN_PARTS) -> list[UserError]:
+    """Of a place, only the parts that are `known` are told: nobody has written the names of a union's branches."""
     by_field: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
-        parts = [part for part in detail["loc"] if isinstance(part, int) or part in _KNOWN_PARTS]
+        parts = [part for part in detail["loc"] if isinstance(part, int) or part in known]
         if detail["type"] == "extra_forbidden" and (not parts or parts[-1] != detail["loc"][-1]):
             parts.append(detail["loc"][-1])
         by_field.setdefault(".".join(str(part) for part in parts), []).append(detail)
     # A union reports each branch; a fault deeper inside one branch says more than "none of the branches fits".
     fields = [f for f in by_field if not any(other.startswith(f"{f}.") for other in by_field)]
-    raise UserErrors([_fault(field, by_field[field]) for field in fields])
+    return [_fault(field, by_field[field]) for field in fields]
 
 
 def _shown(value: Any) -> str:

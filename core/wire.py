@@ -15,6 +15,7 @@ at any time. Whoever calls with an old fence gets 409 and stops.
     POST /attempts/{job}/{n}/finish  Finish -> Finished|409|425   the attempt's end, in one transaction; a repeat is 200
     GET  /blobs/{sha256}      (Range)                             data files, adapters
     POST /profiles/{id}/claim               -> ProfileOrder | 409
+    POST /profiles/{id}/progress   ProfileProgress -> {}          every few seconds; who is silent loses the claim
     POST /profiles/{id}/result ProfileResult-> {}
 """
 
@@ -25,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from core.events import FailureReason
 from core.profile import DataProfile, ModelProfile
 from core.states import Outcome
+from core.trial import Trial
 
 PROTOCOL = 1
 
@@ -93,6 +95,7 @@ class HostReport(Message):
     num_cpus: int
     memory_bytes: int
     reaches_hub: bool = False
+    has_compiler: bool = True  # g++ and ninja, with which DeepSpeed compiles its CPU Adam; of older workers unknown
 
 
 class Welcome(Message):
@@ -157,6 +160,7 @@ class Assignment(Message):
     lease_s: float = LEASE_S
     redis_url: str | None = None
     acked_seq: int = 0
+    trial: Trial | None = None  # the job is to be tried, not to be done
 
 
 class Heartbeat(Message):
@@ -220,6 +224,7 @@ class ProfileOrder(Message):
     format: str
     train_on: str
     multi_turn: str
+    num_rows: int = 0  # of the file, as the server counted them; 0: it didn't
 
 
 class MeasuredProfile(Message):
@@ -227,6 +232,13 @@ class MeasuredProfile(Message):
 
     dataset: str
     profile: DataProfile
+
+
+class ProfileProgress(Message):
+    """How far a host is. What it says of a sample of the rows, it says once."""
+
+    fraction: float = Field(ge=0, le=1)  # of the work
+    sampled: DataProfile | None = None  # measured of some rows of the file alone; the exact one follows as the result
 
 
 class ProfileResult(Message):

@@ -1,8 +1,8 @@
 """`pegbox certify -f spec.yaml`: the first steps of one's own job in every layout, and how far their losses differ.
 
 Each layout is a real trainer in a directory of its own, under torchrun where it has several ranks, that makes so many
-steps and stops (`Trial`). What is claimed and what counts as equal is core.certify's. A layout that this model or this
-machine can't run is listed with the reason; it refutes nothing.
+steps and stops (`LayoutTrial`). What is claimed and what counts as equal is core.certify's. A layout that this model
+or this machine can't run is listed with the reason; it refutes nothing.
 """
 
 import json
@@ -19,7 +19,7 @@ from core.certify import ALONE, Curve, Finding, Layout, certified, compare, layo
 from core.errors import USER_FAULTS, UserError
 from core.spec import JobSpec
 from worker.by_hand import gather, own_devices, train_ranks, visible_gpus
-from worker.job_directory import EXIT_CODES, Trial, read_outcome, write_json
+from worker.job_directory import EXIT_CODES, LayoutTrial, read_outcome, write_json
 from worker.settings import WorkerSettings
 
 # A model or a machine that can't compute a layout refutes nothing.
@@ -103,7 +103,7 @@ def _run(layout: Layout, spec: JobSpec, directory: Path, settings: WorkerSetting
         return NotRun(layout.name, str(fault), is_fault=False)
     directory.mkdir(parents=True)
     write_json(directory / "spec.json", spec)
-    trial = Trial(steps=steps, is_alone=layout.is_alone)
+    trial = LayoutTrial(steps=steps, is_alone=layout.is_alone)
     write_json(directory / "inputs.json", inputs.model_copy(update={"trial": trial}))
     code = train_ranks(directory, is_quiet=True)
     if code == EXIT_CODES["stopped"]:

@@ -109,6 +109,7 @@ def gather_inputs(
         ranks=spec.parallel.devices,
         cache_dir=str(settings.cache_dir),
         threads=threads_per_rank(settings.num_devices or 1, assignment.devices, spec.parallel.devices),
+        trial=assignment.trial,
     )
 
 

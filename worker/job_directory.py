@@ -5,7 +5,7 @@
     events.jsonl     trainer      its own events, one line each, appended by single writes
     profiles.json    trainer      what it measured of the data, for the web service to keep
     checkpoints/     trainer      step-<n>/ with a manifest; half-written ones are .tmp-*
-    result/          trainer      the adapter or model; complete once outcome.json says 0
+    result/          trainer      the adapter or model; complete once outcome.json says 0; a trial has none
     outcome.json     trainer      `OutcomeFile`, its last act; none = it was killed
     report.json      trainer      what was planned beside what happened
     trainer.log      supervisor   what the trainer printed; with several ranks, what torchrun did
@@ -28,11 +28,13 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from core.events import FailureReason
 from core.states import Outcome
+from core.trial import DryRun, RateProbe
 
 EXIT_CODES: dict[FailureReason, int] = {
     "bad_spec": 65,
@@ -56,9 +58,10 @@ class InputFile(File):
     revision: str = ""  # of a data set on a hub: the commit that it was taken at
 
 
-class Trial(File):
-    """The first `steps` steps for their losses alone (`pegbox certify`): nothing is evaluated, saved or handed out."""
+class LayoutTrial(File):
+    """The first `steps` steps for their losses alone (`pegbox certify`): nothing is told, saved or handed out."""
 
+    kind: Literal["layout"] = "layout"
     steps: int
     is_alone: bool = False  # each segment of a step in a row of its own
 
@@ -74,7 +77,8 @@ class Inputs(File):
     ranks: int = 1
     # Tokenised data by content, shared by the jobs of a host; "" = cache/ in the job directory.
     cache_dir: str = ""
-    trial: Trial | None = None
+    # Of a trial nothing is evaluated, saved or handed out.
+    trial: Annotated[DryRun | RateProbe | LayoutTrial, Discriminator("kind")] | None = None
     # The folder of the adapter to start from, or "" to begin with a new one.
     adapter_path: str = ""
     # CPU threads a rank; bit-for-bit resume depends on it. A checkpoint's own number wins on resume.
@@ -96,6 +100,11 @@ def read_outcome(directory: Path) -> OutcomeFile | None:
         return None
 
 
+# What `worker.engine.prepare` leaves beside its RESULT.json while it works, both of core.wire: its `ProfileProgress`, and
+# a `ProfileProgress` with the sampled rows' profile.
+PREPARE_PROGRESS, PREPARE_SAMPLED = "progress.json", "sampled.json"
+
+
 class PrepareOrder(File):
     """ORDER.json of `worker.engine.prepare`; its RESULT.json is a `core.wire.ProfileResult`."""
 
@@ -107,6 +116,7 @@ class PrepareOrder(File):
     train_on: str
     multi_turn: str
     cache_dir: str = ""  # as in Inputs; "" = none
+    num_rows: int = 0  # of the file, where that is known: from core.sampled.LEAST_ROWS on a sample is measured first
 
 
 class ExitFile(File):

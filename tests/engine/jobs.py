@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from core import events
 from core.chat import CHATML
 from core.spec import parse_spec
+from core.trial import DryRun, RateProbe
 from tests.engine import tiny
 from worker.engine.emit import Emitter
 from worker.engine.train import main
-from worker.job_directory import InputFile, Inputs, OutcomeFile, Trial, write_json
+from worker.job_directory import InputFile, Inputs, LayoutTrial, OutcomeFile, write_json
 
 END = "<|im_end|>"
 
@@ -76,7 +77,7 @@ def make_job(
     /,
     *,
     resume: tuple[Path, ...] = (),
-    trial: Trial | None = None,
+    trial: DryRun | RateProbe | LayoutTrial | None = None,
     **parts: Any,
 ) -> Path:
     directory.mkdir(parents=True, exist_ok=True)

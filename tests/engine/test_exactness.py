@@ -19,7 +19,7 @@ from tests.engine import jobs
 from tests.engine.test_ranks import Ground
 from worker.engine import probe, train
 from worker.engine.batches import Batch, make_batch
-from worker.job_directory import Trial
+from worker.job_directory import LayoutTrial
 
 STEPS = 3
 # flex_attention has no backward pass on a CPU; its forward pass is held against eager in test_attention.
@@ -66,7 +66,7 @@ class Bench:
     def job(self, spec: JobSpec, layout: Layout, steps: int, name: str = "") -> Path:
         self.num_tried += 1
         parts = layout.apply(spec).model_dump(mode="json")
-        trial = Trial(steps=steps, is_alone=layout.is_alone)
+        trial = LayoutTrial(steps=steps, is_alone=layout.is_alone)
         return jobs.make_job(self.root / (name or f"job-{self.num_tried}"), self.model, self.data, **parts, trial=trial)
 
     def run(self, spec: JobSpec, layout: Layout, steps: int = STEPS) -> Curve | None:

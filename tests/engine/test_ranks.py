@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from core.certify import Curve
 from tests.engine import jobs
 from worker.engine import checkpoint
-from worker.job_directory import Trial
+from worker.job_directory import LayoutTrial
 
 pytestmark = pytest.mark.timeout(900)  # of which most is a busy machine's
 
@@ -119,7 +119,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     for name, parts in TRIALS.items():
         steps = parts["schedule"]["max_steps"]
         for stage in STAGES:
-            ground.order(f"{name}/{stage}", **parts, **two_ranks(stage), trial=Trial(steps=steps))
+            ground.order(f"{name}/{stage}", **parts, **two_ranks(stage), trial=LayoutTrial(steps=steps))
     for kind, parts, stages in RESUMED:
         for stage in stages:
             first = ground.order(f"{kind}/{stage}", **parts, **two_ranks(stage))
@@ -129,7 +129,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
         begun = ground.root / f"whole/{before}/checkpoints/step-2"
         ground.order(f"crossed/{before}-{after}", **WHOLE, **two_ranks(after), resume=(begun,))
     for name, memory_bytes in UNLIKE.items():
-        job = ground.order(f"unlike/{name}", **CHOSEN, parallel={"devices": 2}, trial=Trial(steps=1))
+        job = ground.order(f"unlike/{name}", **CHOSEN, parallel={"devices": 2}, trial=LayoutTrial(steps=1))
         (job / "memory_bytes.json").write_text(json.dumps(memory_bytes))
     ground.run()
     return ground
@@ -147,7 +147,7 @@ def alone(ground: Ground) -> dict[str, Curve]:
         for name, parts in TRIALS.items():
             steps = parts["schedule"]["max_steps"]
             job = ground.root / name / "alone"
-            jobs.make_job(job, ground.model, ground.data, **parts, trial=Trial(steps=steps))
+            jobs.make_job(job, ground.model, ground.data, **parts, trial=LayoutTrial(steps=steps))
             assert jobs.run(job, patch) == 0
             curves[name] = trial_of(job)
     return curves

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from core.certify import Curve
 from tests.engine import jobs
-from worker.job_directory import Trial
+from worker.job_directory import LayoutTrial
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_stage_on_one_device_makes_the_steps_of_stage_0(tmp_path: Path, monkey
             method={"type": "full"},
             schedule={"learning_rate": 1e-3, "max_steps": 3},
             parallel={"zero_stage": stage},
-            trial=Trial(steps=3),
+            trial=LayoutTrial(steps=3),
         )
         assert jobs.run(job, monkeypatch) == 0, jobs.outcome_of(job).text
         curves.append(Curve.model_validate_json((job / "trial.json").read_bytes()))

@@ -80,8 +80,7 @@ def culprits_outcome(directory: Path) -> OutcomeFile:
 def outcome_of(error: BaseException, phase: str, step: int, spec: JobSpec | None) -> OutcomeFile:
     """`spec` as far as it was resolved. An error that is nobody's to mend is logged with its traceback."""
     if isinstance(error, Stopped):
-        where = f"with a checkpoint at step {step}" if step else f"in the phase {phase}, before the first step"
-        return _outcome("stopped", f"stopped as asked, {where}", "resume goes on from there")
+        return _stopped(str(error), phase, step)
     if isinstance(error, UserError | UserErrors):
         return _outcome(_reason_of(error), str(error), "")
     if isinstance(error, Diverged):
@@ -105,6 +104,13 @@ def outcome_of(error: BaseException, phase: str, step: int, spec: JobSpec | None
         f"{type(error).__name__} in the phase {phase}: {_first_line(error)}",
         "the log holds the traceback; resume goes on from the newest checkpoint",
     )
+
+
+def _stopped(why_nothing_is_kept: str, phase: str, step: int) -> OutcomeFile:
+    if why_nothing_is_kept:
+        return _outcome("stopped", f"stopped as asked; {why_nothing_is_kept}", "")
+    where = f"with a checkpoint at step {step}" if step else f"in the phase {phase}, before the first step"
+    return _outcome("stopped", f"stopped as asked, {where}", "resume goes on from there")
 
 
 def _outcome(reason: FailureReason, text: str, remedy: str) -> OutcomeFile:

@@ -24,7 +24,8 @@ def stacks_on_demand() -> Iterator[None]:
 
 
 class Stopped(Exception):
-    """A stop signal has been obeyed: at a step border behind a checkpoint, or where there was nothing to save."""
+    """A stop signal has been obeyed: at a step border behind a checkpoint, or where there was nothing to save. A text
+    says why nothing was saved behind a step."""
 
 
 class Signals:

@@ -25,13 +25,11 @@ import hashlib
 import json
 import logging
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +39,9 @@ import transformers
 from pydantic import TypeAdapter
 
 from core import events
-from core.certify import Curve
 from core.errors import UserError
-from core.packing import Segment, sample_hash
+from core.packing import sample_hash
+from core.peaks import peak_flops
 from core.preflight import JobPlan, plan_job
 from core.schedule import lr_at
 from core.spec import JobSpec, batch_key, parse_spec
@@ -51,13 +49,13 @@ from core.unbuilt import refuse_unbuilt
 from core.wire import MeasuredProfile
 from core.zero import Loaded, refuse_unproven, uses_deepspeed
 from worker.engine import checkpoint
-from worker.engine.batches import Ahead, StepBatch, make_batch, steps_from
+from worker.engine.batches import Ahead, make_batch, steps_from
 from worker.engine.begun import plan_as_begun
 from worker.engine.checkpoint import Manifest, NoSpace, Progress
 from worker.engine.data import Corpus, load_corpus
 from worker.engine.device import find_device, standing_for_all
 from worker.engine.emit import Emitter, NoEmitter
-from worker.engine.ending import Diverged, culprits_outcome, outcome_of, write_first
+from worker.engine.ending import culprits_outcome, outcome_of, write_first
 from worker.engine.evaluate import answer, evaluate
 from worker.engine.learner import Learner, Replica
 from worker.engine.loading import load_model, try_out
@@ -66,112 +64,23 @@ from worker.engine.model_card import Facts
 from worker.engine.models import profile_with_hashes
 from worker.engine.optimizer import make_optimizer
 from worker.engine.probe import leaks, measure_leak
-from worker.engine.ranks import ALONE, Ranks, is_peer_gone, joined
+from worker.engine.ranks import Ranks, is_peer_gone, joined
 from worker.engine.records import SampleRecords
 from worker.engine.result import end_of_turn, save_result, stop_ids
+from worker.engine.run import Ready, Run, Wishes
 from worker.engine.signals import Signals, Stopped, stacks_on_demand
+from worker.engine.step import make_step, note_step
 from worker.engine.tokenizer import HfChatTokenizer
-from worker.engine.utilisation import Utilisation, peak_flops
+from worker.engine.trial import make_trial
+from worker.engine.utilisation import Utilisation
 from worker.engine.weights import report_weights
 from worker.engine.zero import Shards, cut_as_read, stepping_on_the_cpu
-from worker.job_directory import EXIT_CODES, Inputs, OutcomeFile, Trial, write_atomically, write_json
+from worker.job_directory import EXIT_CODES, Inputs, OutcomeFile, write_atomically
 
 log = logging.getLogger(__name__)
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 MOST_FAILED_SAVES = 3  # in a row, for want of space
-MOST_STEPS_LEFT_OUT = 20  # in a row: each halves the loss scale, which begins at 65,536, so no scale helps by then
-
-
-# -- the run as it stands --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Measured:
-    """Sums over the steps that this process made, for report.json."""
-
-    steps: int = 0
-    tokens: int = 0
-    slots: int = 0
-    trained_tokens: int = 0
-    step_s: float = 0.0
-    wait_s: float = 0.0
-    memory_peak_bytes: int = 0
-    last_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What some rank was asked for, as all ranks have agreed: they act on it alike at the next border."""
-
-    stop: bool
-    checkpoint: bool
-    clock: bool  # so much time has passed since the last checkpoint
-
-
-@dataclass
-class Run:
-    """What a process knows of its job, filled as it goes; it outlives a failure, which then says where it happened."""
-
-    directory: Path
-    emitter: Emitter | NoEmitter
-    signals: Signals
-    ranks: Ranks = ALONE
-    phase: str = "start"
-    spec: JobSpec | None = None  # as far as it is resolved
-    plan_fields: dict[str, Any] = field(default_factory=dict)
-    progress: Progress = field(default_factory=Progress)
-    saved_step: int = 0  # of the newest checkpoint that stands
-    saved_at: float = field(default_factory=time.monotonic)
-    failed_saves: int = 0
-    steps_left_out: int = 0  # in a row, under fp16
-    measured: Measured = field(default_factory=Measured)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
-
-    def enter(self, phase: str, done: int = 0, total: int | None = None) -> None:
-        self.phase = phase
-        self.emitter.phase(phase, done, total)
-
-    def obey(self) -> None:
-        """Between two phases, where there is nothing to save."""
-        if any(self.ranks.any(self.signals.stop_requested)):
-            raise Stopped
-
-    def let_stop_interrupt(self, may: bool) -> None:
-        """Whether a stop may end the work at any line: never that of one of several ranks, for the others would wait
-        for it in vain."""
-        self.signals.interrupts = may and self.ranks.size == 1
-
-    def own_wishes(self) -> tuple[bool, bool, bool]:
-        minutes = self.spec.checkpoint.every_minutes if self.spec is not None else None
-        clock = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
-        return self.signals.stop_requested, self.signals.checkpoint_requested, clock
-
-    def agree(self) -> Wishes:
-        return Wishes(*self.ranks.any(*self.own_wishes()))
-
-
-@dataclass(frozen=True)
-class Ready:
-    """All that a step needs, worked out and loaded."""
-
-    plan: JobPlan
-    model: LanguageModel
-    learner: Learner
-    corpus: Corpus
-    tokenizer: HfChatTokenizer
-    ends: list[int]  # tokens that end a text
-    context_length: int  # tokens
-    threads: int
-    ranks: Ranks
-    utilisation: Utilisation
-
-    @property
-    def spec(self) -> JobSpec:
-        return self.plan.spec
 
 
 # -- the article -----------------------------------------------------------------------------------------------------
@@ -282,9 +191,7 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
 
     run.let_stop_interrupt(False)
     if inputs.trial is not None:
-        curve = try_steps(ready, inputs.trial, run.own_wishes)
-        if ranks.is_first:
-            write_json(run.directory / "trial.json", curve)
+        make_trial(run, ready, inputs.trial)
         return
     make_steps(run, ready)
 
@@ -322,7 +229,7 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     run.let_stop_interrupt(False)
 
 
-def make_steps(run: Run, ready: Ready) -> None:  # noqa: PLR0915 (the heart of the article)
+def make_steps(run: Run, ready: Ready) -> None:
     """All steps that are left, and what happens at the borders between them."""
     plan, spec, ranks = ready.plan, ready.spec, ready.ranks
     run.enter("train", run.progress.step, plan.total_steps)
@@ -364,136 +271,9 @@ def make_steps(run: Run, ready: Ready) -> None:  # noqa: PLR0915 (the heart of t
             if records is not None:
                 targets = [work.targets[segment] for segment in made.segments]
                 records.append(work.step, [segment.sample for segment in made.segments], targets, made.loss_sums)
-            digest = sample_hash(work.sample_ids)
-            run.progress = run.progress.model_copy(
-                update={
-                    "step": work.step,
-                    "epoch": work.epoch,
-                    "consumed": run.progress.consumed + len(work.sample_ids),
-                    "trained_tokens": run.progress.trained_tokens + work.num_targets,
-                    "sample_hash": digest,
-                }
-            )
-            layout = work.layout
-            run.emitter.emit(
-                events.Step,
-                step=work.step,
-                epoch=work.epoch,
-                loss=made.loss,
-                learning_rate=learning_rate,
-                grad_norm=made.grad_norm,
-                trained_tokens=work.num_targets,
-                tokens=layout.tokens,
-                slots=layout.slots,
-                rows=layout.rows,
-                padding_efficiency=layout.padding_efficiency,
-                padded_efficiency=work.padded_efficiency,
-                tokens_per_s=layout.tokens / made.seconds,
-                step_s=made.seconds,
-                wait_s=ahead.wait_s,
-                memory_peak_bytes=made.memory_peak_bytes,
-                comm_bytes=made.comm_bytes,
-                sample_hash=digest,
-                mfu=ready.utilisation.of(work, made.seconds),
-            )
-            # Under fp16 a gradient may overflow though all is well: the scaler left the step out and scales less.
-            may_overflow = spec.compute.dtype == "fp16" and run.steps_left_out < MOST_STEPS_LEFT_OUT
-            if not np.isfinite(made.loss) or not (np.isfinite(made.grad_norm) or may_overflow):
-                raise Diverged(work.step, made.loss, made.grad_norm, learning_rate)
-            if np.isfinite(made.grad_norm):
-                run.steps_left_out = 0
-            else:
-                run.steps_left_out += 1
-                run.emitter.warn("overflow", f"step {work.step} changed nothing: its gradient overflowed in fp16")
-            measured = run.measured
-            measured.steps += 1
-            measured.tokens += layout.tokens
-            measured.slots += layout.slots
-            measured.trained_tokens += work.num_targets
-            measured.step_s += made.seconds
-            measured.wait_s += ahead.wait_s
-            measured.memory_peak_bytes = max(measured.memory_peak_bytes, made.memory_peak_bytes)
-            measured.last_loss = made.loss
+            note_step(run, ready, work, made, learning_rate=learning_rate, wait_s=ahead.wait_s)
             # Alone, what is asked for at this very moment counts too.
             wishes = made.wishes if ranks.size > 1 else run.agree()
-
-
-def try_steps(ready: Ready, trial: Trial, own_wishes: Callable[[], tuple[bool, bool, bool]]) -> Curve:
-    """The first steps for their numbers alone: nothing is looked at, saved or told on the way."""
-    plan, ranks = ready.plan, ready.ranks
-    last = min(trial.steps, plan.total_steps)
-    work_of = partial(plan.step, is_alone=trial.is_alone)
-    made: list[Made] = []
-    slots = most_segments = 0
-    for batch in steps_from(1, last, work_of, ready.corpus, ranks.rank):
-        work = batch.work
-        made.append(make_step(ready, batch, lr_at(plan.schedule, work.step), own_wishes))
-        if made[-1].wishes.stop:
-            raise Stopped
-        slots += work.layout.slots
-        rows = (row for passes in work.layout.ranks for rows in passes for row in rows)
-        most_segments = max(most_segments, *map(len, rows))
-    return Curve(
-        losses=tuple(step.loss for step in made),
-        grad_norms=tuple(step.grad_norm for step in made),
-        slots=slots,
-        most_segments_in_a_row=most_segments,
-        ranks=ranks.size,
-        attention=ready.model.attention,
-        seconds=sum(step.seconds for step in made),
-    )
-
-
-@dataclass(frozen=True)
-class Made:
-    """An optimizer step as it went, the same on every rank."""
-
-    loss: float
-    grad_norm: float  # before clipping
-    segments: tuple[Segment, ...]  # of all ranks, in the order of the layout
-    loss_sums: tuple[float, ...]  # of each of them
-    wishes: Wishes
-    seconds: float
-    memory_peak_bytes: int  # of the rank that had the most
-    comm_bytes: int  # of this rank
-
-
-def make_step(
-    ready: Ready, batch: StepBatch, learning_rate: float, own_wishes: Callable[[], tuple[bool, bool, bool]]
-) -> Made:
-    """One optimizer step. Ranks meet for the gradient, and once more at its end, where this thread waits for its device
-    for the only time: each puts the loss sums of its samples at their places among all, its wishes and its peak."""
-    model, learner, ranks, layout = ready.model, ready.learner, ready.ranks, batch.work.layout
-    began, bytes_before = time.perf_counter(), ranks.traffic.bytes
-    of_rank = [[segment for rows in passes for row in rows for segment in row] for passes in layout.ranks]
-    first = sum(map(len, of_rank[: ranks.rank]))
-    num_samples = sum(map(len, of_rank))
-
-    sums = []  # of the losses of each sample
-    for number, micro_batch in enumerate(batch.batches, start=1):
-        on_device = micro_batch.to(model.device)
-        losses_T = learner.backward(on_device, batch.num_targets, is_last=number == len(batch.batches))
-        zeros = torch.zeros(len(on_device.sample_ids), device=model.device)
-        sums.append(zeros.index_add_(0, on_device.sample_of_target_T, losses_T))
-    grad_norm = learner.update(learning_rate)
-
-    told = torch.zeros(num_samples + 4 + ranks.size, dtype=torch.float64, device=model.device)
-    told[first : first + len(of_rank[ranks.rank])] = torch.cat(sums)
-    told[num_samples : num_samples + 3] = torch.tensor(own_wishes())
-    if ranks.is_first:  # all have the same norm, but only one has to be believed
-        told[num_samples + 3] = grad_norm
-    told[num_samples + 4 + ranks.rank] = memory_peak(model.device)
-    *loss_sums, stop, save, clock, norm = (values := ranks.sum_(told).tolist())[: num_samples + 4]
-    return Made(
-        loss=sum(loss_sums) / batch.num_targets,
-        grad_norm=norm,
-        segments=tuple(segment for segments in of_rank for segment in segments),
-        loss_sums=tuple(loss_sums),
-        wishes=Wishes(stop > 0, save > 0, clock > 0),
-        seconds=time.perf_counter() - began,
-        memory_peak_bytes=int(max(values[num_samples + 4 :])),
-        comm_bytes=ranks.traffic.bytes - bytes_before,
-    )
 
 
 # -- before the first step -------------------------------------------------------------------------------------------
@@ -698,13 +478,6 @@ def take_best_weights(run: Run, learner: Learner) -> bool:
         return False
     learner.read_weights(best, checkpoint.read_manifest(best))
     return True
-
-
-def memory_peak(device: torch.device) -> int:
-    """Bytes: what torch has held at most on a GPU, on a CPU what the process has."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # -- the process -----------------------------------------------------------------------------------------------------

@@ -310,8 +310,12 @@ class Shards:
                 piece.of(piece.flat).copy_(whole.flatten()[piece.start : piece.start + piece.count])
                 if not with_moments:
                     continue
+                moments = saved.moments(name)
+                if not moments:  # of before the first step
+                    state.pop(piece.flat, None)
+                    continue
                 own = state.setdefault(piece.flat, {})
-                for key, moment in saved.moments(name).items():
+                for key, moment in moments.items():
                     into = own.setdefault(key, torch.zeros_like(piece.flat))
                     piece.of(into).copy_(moment.flatten()[piece.start : piece.start + piece.count])
                 own["step"] = self._as_step(saved.step(name))

@@ -26,11 +26,12 @@ from app.preflight_packing import (
 from app.problems import faults_lie_in_spec
 from app.profiles import Wanted, plan_for, read_result, want_profiles
 from app.services import AnyServices
+from core.curve_report import report_curve
 from core.lengths import bin_lengths, compare_cuts
 from core.packing import as_lengths
 from core.packing_report import busiest_share, first_row, report_lengths
 from core.preflight import JobPlan
-from core.profile import DataProfile, TokenPreview
+from core.profile import DataProfile, Duplicates, TokenPreview
 from core.schedule import lr_at
 from core.spec import parse_spec
 from core.verdict import Remark as Said
@@ -75,6 +76,10 @@ class Preflight(BaseModel):
     fill: float
     learning_rate: list[float]  # of the steps 0, stride, 2 x stride, ... up to total_steps
     learning_rate_stride: int  # 1 up to 100,000 steps
+    warmup_tokens: int
+    warmup_trained_tokens: int
+    evaluation_steps: list[int]
+    checkpoint_steps: list[int]  # that are certain: a best loss and the clock may add some
     verdict: list[Remark]  # empty: nothing to remark. What can't run is a 422 instead
     change: list[ChangeView]  # against the job, the preset and plain padding, as far as there are any
     choices: list[Choice]  # what each `auto` became, and why
@@ -97,6 +102,7 @@ class Preflight(BaseModel):
 class Profiling(BaseModel):
     state: Literal["profiling"] = "profiling"
     profiles: dict[str, str]  # data set -> wanted | running | ready
+    progress: dict[str, float]  # of those that run the share that is done
 
 
 class ProfileQuery(BaseModel):
@@ -124,6 +130,7 @@ class ProfileView(BaseModel):
     samples_beyond: int | None  # longer than the max_length that was asked about
     histogram: list[LengthBin]  # of all samples
     cuts: list[Cut]  # at lengths worth comparing, of the samples that have something to teach
+    duplicates: Duplicates | None  # null where a job measured the data on its way, which does not look for them
     preview: tuple[TokenPreview, ...]
 
 
@@ -143,7 +150,7 @@ def preflight(body: PreflightRequest, services: AnyServices) -> Preflight:
 
 
 def preflight_of(plan: JobPlan, compared: Sequence[Comparison]) -> Preflight:
-    facts = plan.plan_event()
+    facts, curve = plan.plan_event(), report_curve(plan)
     stride = -(-plan.total_steps // MAX_CURVE_STEPS)
     renamed = {
         "rows": "num_rows",
@@ -158,6 +165,10 @@ def preflight_of(plan: JobPlan, compared: Sequence[Comparison]) -> Preflight:
             **{name: facts[source] for name, source in renamed.items()},
             "learning_rate": [lr_at(plan.schedule, step) for step in range(0, plan.total_steps + 1, stride)],
             "learning_rate_stride": stride,
+            "warmup_tokens": curve.warmup_tokens,
+            "warmup_trained_tokens": curve.warmup_trained_tokens,
+            "evaluation_steps": curve.evaluation_steps,
+            "checkpoint_steps": curve.checkpoint_steps,
             "verdict": [_remark(remark) for remark in verdict_of(plan)],
             "change": [view_of_change(comparison) for comparison in compared],
             "ways": ways_of(plan.packing),
@@ -183,7 +194,8 @@ def _remark(said: Said) -> Remark:
 
 
 def _profiling(wanted: Wanted) -> Response:
-    body = Profiling(profiles={name: profile.state for name, profile in wanted.profiles.items()})
+    states = {name: profile.state for name, profile in wanted.profiles.items()}
+    body = Profiling(profiles=states, progress=wanted.progress)
     return JSONResponse(body.model_dump(), status_code=202, headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
@@ -221,5 +233,6 @@ def view_of(profile: DataProfile, max_length: int | None, context_length: int) -
         samples_beyond=None if max_length is None else sum(length > max_length for length in lengths),
         histogram=[LengthBin.model_validate(each) for each in bins],
         cuts=[Cut.model_validate(cut) for cut in compare_cuts(profile, context_length).cuts],
+        duplicates=profile.duplicates,
         preview=profile.preview,
     )

@@ -26,10 +26,11 @@ from app.jobs import (
     stop,
     topic_of,
 )
+from app.pages.curve_drawing import curve_steps
 from app.pages.environment import frame_context, has_vendor_files, translate
 from app.pages.format import count, exact, size
 from app.pages.job_row import count_states, read_rows
-from app.pages.preflight import curl_command, curve_steps, spec_yaml, told_choices
+from app.pages.preflight import curl_command, spec_yaml, told_choices
 from app.services import AnyServices, Services
 from app.tables import ArtifactRow, Attempt, CheckpointRow, Event, Host, Job
 from core.errors import N_

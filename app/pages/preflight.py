@@ -2,13 +2,13 @@
 
 import json
 import shlex
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from app.change import Origin, comparisons
 from app.forms import FormState, as_text, spec_of_form, written_spec
+from app.pages.curve_drawing import draw_curve
 from app.pages.environment import translate
 from app.pages.memory_bars import draw_memory
 from app.pages.packing_drawing import packing_context
@@ -17,28 +17,10 @@ from app.profiles import plan_for
 from app.services import Services
 from core.errors import TEXTS, USER_FAULTS, Reason
 from core.preflight import JobPlan
-from core.schedule import Schedule, lr_at
 from core.spec import JobSpec, parse_spec
 from core.verdict import saved_by_whole
 
-CURVE_WIDTH, CURVE_HEIGHT = 360, 120
-MOST_CURVE_POINTS = 240
-
 OF_HOSTS = ("model.", "profile.")  # errors that end without anything being typed
-
-
-@dataclass(frozen=True)
-class CurveDrawing:
-    """The planned learning rate as an SVG polyline; lengths in the view box's units."""
-
-    points: str
-    warmup_width: float
-    width: int = CURVE_WIDTH
-    height: int = CURVE_HEIGHT
-    left: int = 4
-    right: int = CURVE_WIDTH - 4
-    top: int = 18
-    bottom: int = CURVE_HEIGHT - 18
 
 
 def preflight_context(
@@ -72,7 +54,7 @@ def preflight_context(
         "verdict": [*lines_of_plan(plan), *(lines_of_lock(compared) if is_locked else ())],
         "changes": [(each, each.change and button_of(each.change.keeps)) for each in compared],
         "report": _report(plan),
-        "curve": draw(plan.schedule),
+        "curve": draw_curve(plan),
     }
 
 
@@ -80,8 +62,6 @@ def _report(plan: JobPlan) -> dict[str, Any]:
     facts = plan.plan_event()
     saved = saved_by_whole(plan.all_counts)
     return facts | {
-        "peak": plan.schedule.peak,
-        "last": lr_at(plan.schedule, plan.total_steps),
         "saved_by_whole": None if saved is None else saved.text(translate),
         "choices": told_choices(facts["choices"]),
         "packing": packing_context(plan),
@@ -100,24 +80,6 @@ def told_choices(choices: Any) -> list[dict[str, Any]]:
         }
         for choice in choices
     ]
-
-
-def curve_steps(schedule: Schedule, most: int) -> list[int]:
-    """Steps to draw the curve at: all, or `most` evenly spread ones; the curve's corners are always among them."""
-    stride = max(1, -(-schedule.total_steps // most))
-    corners = {schedule.warmup_steps, schedule.decay_start, schedule.total_steps}
-    return sorted({*range(0, schedule.total_steps + 1, stride), *corners})
-
-
-def draw(schedule: Schedule) -> CurveDrawing:
-    empty = CurveDrawing("", 0)
-    x_unit = (empty.right - empty.left) / schedule.total_steps
-    y_unit = (empty.bottom - empty.top) / schedule.peak
-    points = " ".join(
-        f"{empty.left + step * x_unit:.1f},{empty.bottom - lr_at(schedule, step) * y_unit:.1f}"
-        for step in curve_steps(schedule, MOST_CURVE_POINTS)
-    )
-    return CurveDrawing(points, round(schedule.warmup_steps * x_unit, 1))
 
 
 def spec_yaml(spec: JobSpec) -> str:

@@ -30,7 +30,8 @@ from app.pages.curve_drawing import curve_steps
 from app.pages.environment import frame_context, has_vendor_files, translate
 from app.pages.format import count, exact, size
 from app.pages.job_row import count_states, read_rows
-from app.pages.preflight import curl_command, spec_yaml, told_choices
+from app.pages.preflight import told_choices
+from app.pages.spec_texts import spec_texts
 from app.services import AnyServices, Services
 from app.tables import ArtifactRow, Attempt, CheckpointRow, Event, Host, Job
 from core.errors import N_
@@ -154,8 +155,7 @@ def job_context(session: Session, services: Services, job: Job, tab: str) -> dic
         case "config":
             spec = parse_spec(job.spec)
             context |= {
-                "yaml": spec_yaml(spec),
-                "curl": curl_command(services, spec),
+                "spec_texts": spec_texts(services, spec),
                 "choices": told_choices((job.plan or {}).get("choices", [])),
                 "weights": weight_facts(job.plan or {}),
                 "data_counts": [

@@ -1,23 +1,21 @@
 """The panel beside the form: what will happen, worked out by the functions that the trainer runs."""
 
-import json
-import shlex
 from typing import Any
 
-import yaml
-
 from app.change import Origin, comparisons
-from app.forms import FormState, as_text, spec_of_form, written_spec
+from app.forecast import forecast_job, remarks_on_disk
+from app.forms import FormState, as_text, spec_of_form
 from app.pages.curve_drawing import draw_curve
 from app.pages.environment import translate
 from app.pages.memory_bars import draw_memory
 from app.pages.packing_drawing import packing_context
-from app.pages.verdict import button_of, lines_of_errors, lines_of_lock, lines_of_plan
+from app.pages.spec_texts import spec_texts
+from app.pages.verdict import button_of, lines_of_errors, lines_of_lock, lines_of_plan, lines_of_remarks
 from app.profiles import plan_for
 from app.services import Services
 from core.errors import TEXTS, USER_FAULTS, Reason
 from core.preflight import JobPlan
-from core.spec import JobSpec, parse_spec
+from core.spec import parse_spec
 from core.verdict import saved_by_whole
 
 OF_HOSTS = ("model.", "profile.")  # errors that end without anything being typed
@@ -34,13 +32,13 @@ def preflight_context(
         "verdict": [],
         "changes": [],
         "report": None,
+        "forecast": None,
         "curve": None,
-        "yaml": "",
-        "curl": "",
+        "spec_texts": [],
     }
     try:
         spec = parse_spec(spec_of_form(state))
-        context |= {"yaml": spec_yaml(spec), "curl": curl_command(services, spec)}
+        context["spec_texts"] = spec_texts(services, spec)
         plan = plan_for(services, spec)
     except USER_FAULTS as fault:
         # A host that has the model may come at any moment; what was typed stays wrong until it is changed.
@@ -50,8 +48,11 @@ def preflight_context(
     if not isinstance(plan, JobPlan):
         return context | {"is_profiling": True}
     compared = comparisons(services, plan, spec, origin or Origin())
+    forecast = forecast_job(services, plan, spec)
+    on_disk = lines_of_remarks(remarks_on_disk(services, forecast, spec))
     return context | {
-        "verdict": [*lines_of_plan(plan), *(lines_of_lock(compared) if is_locked else ())],
+        "forecast": forecast,
+        "verdict": [*lines_of_plan(plan), *on_disk, *(lines_of_lock(compared) if is_locked else ())],
         "changes": [(each, each.change and button_of(each.change.keeps)) for each in compared],
         "report": _report(plan),
         "curve": draw_curve(plan),
@@ -80,17 +81,3 @@ def told_choices(choices: Any) -> list[dict[str, Any]]:
         }
         for choice in choices
     ]
-
-
-def spec_yaml(spec: JobSpec) -> str:
-    text: str = yaml.safe_dump(written_spec(spec), sort_keys=False, allow_unicode=True, width=100)
-    return text
-
-
-def curl_command(services: Services, spec: JobSpec) -> str:
-    body = json.dumps({"spec": written_spec(spec)}, ensure_ascii=False, indent=1)
-    return (
-        f"curl {services.settings.url}{services.settings.root_path}/api/v1/jobs \\\n"
-        f'  -H "Authorization: Bearer $PEGBOX_TOKEN" -H "Content-Type: application/json" \\\n'
-        f"  -d {shlex.quote(body)}"
-    )

@@ -17,6 +17,10 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 Kind = Literal["embedding", "attention", "mlp", "experts", "norms", "head", "other"]
 
 
+# Last names of linear layers that choose experts: an adapter there changes who computes, not what is computed.
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+
+
 class TensorHeader(BaseModel):
     """One entry of a safetensors header, as far as it matters here."""
 
@@ -64,6 +68,9 @@ class Architecture(BaseModel):
     norms_per_layer: int | None = None  # over the hidden size
     has_query_norm: bool = False  # and of the keys, a head at a time
     has_plain_scores: bool = False  # caps or sinks, so that no fused kernel serves and the scores are stored
+    # Last names of all modules, and of those with a matrix in a layer; none in profiles of before they were noted.
+    modules: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
     parameters: ParametersByKind
 
     @property
@@ -158,6 +165,8 @@ def read_architecture(config: Mapping[str, object], tensors: Mapping[str, Tensor
         norms_per_layer=widths.num_norms,
         has_query_norm=widths.norm_width is not None,
         has_plain_scores=config.get("attn_logit_softcapping") is not None or any(n.endswith(".sinks") for n in text),
+        modules=tuple(sorted({part for name in text for part in name.split(".")[:-1] if not part.isdigit()})),
+        linear=tuple(sorted(set(_linear(text)))),
         parameters=parameters,
     )
 
@@ -178,6 +187,14 @@ def num_values(name: str, tensor: TensorHeader) -> int:
     if (tensor.dtype == "U8" and name.endswith("_scales")) or name.endswith((".attn.bias", ".attn.masked_bias")):
         return 0
     return math.prod(tensor.shape) * (2 if tensor.dtype == "U8" and name.endswith("_blocks") else 1)
+
+
+def _linear(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Last names of what has a matrix in a layer: on these an adapter can be laid."""
+    for name, shape in shapes.items():
+        *_, layer, leaf = ("", *name.split("."))
+        if len(shape) == 2 and leaf == "weight" and _LAYER.search(name) and kind_of(name) not in ("norms", "experts"):
+            yield layer
 
 
 def _number(config: Mapping[str, object], names: Sequence[str]) -> int | None:

@@ -79,6 +79,10 @@ class ChatTokenizer(Protocol):
     @property
     def eos_id(self) -> int | None: ...
 
+    @property
+    def added_ids(self) -> Sequence[int]:
+        """Tokens that its template needs and its model was not saved with."""
+
     def render(
         self, messages: list[dict[str, object]], tools: list[dict[str, object]] | None, add_generation_prompt: bool
     ) -> Rendering:

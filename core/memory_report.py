@@ -7,8 +7,9 @@ are those that differ: everything on the device, and each kind of offload.
 What fits is what `auto` would take: a plan under USABLE_SHARE of the device.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from core.architecture import Architecture
 from core.errors import Reason
@@ -17,6 +18,7 @@ from core.placement import (
     USABLE_SHARE,
     LargestPass,
     Stage,
+    StepBounds,
     available_bytes,
     can_offload,
     load_of,
@@ -28,6 +30,10 @@ from core.zero import Loaded, fault
 
 # Of a row's length: `auto` rounds data.max_length to such steps.
 LENGTH_STEP = 64  # tokens
+
+# Paths whose memory differs: `flex` keeps what `flash` keeps.
+AttentionPath = Literal["flash", "sdpa", "eager"]
+ATTENTION_PATHS: tuple[AttentionPath, ...] = get_args(AttentionPath)
 
 _ONE_RANK: tuple[tuple[Stage, Offload], ...] = ((0, "none"), (2, "optimizer"), (3, "optimizer_and_params"))
 _STAGES: tuple[tuple[Stage, Offload], ...] = ((0, "none"), (1, "none"), (2, "none"), (3, "none"))
@@ -61,6 +67,8 @@ class MemoryReport:
     most_rows: int = 0  # that a step can have on a device: more in a pass is of no use
     largest_max_length: int = 0  # tokens, of a sample and its row; 0: not even LENGTH_STEP
     context_length: int = 0  # tokens, the model's
+    # The chosen way by the paths that attention may take; what it is held to is the path of the spec.
+    by_attention: Mapping[AttentionPath, MemoryPlan] = field(default_factory=dict)
     unknown: Reason | None = None  # which sizes of the model are missing
 
     @property
@@ -93,13 +101,14 @@ def report_memory(
     spec: JobSpec,
     shape: Architecture | None,
     device: Device,
-    largest: LargestPass,
+    bounds: StepBounds,
     *,
     context_length: int,
     most_rows: int,
+    loaded: Loaded | None = None,
 ) -> MemoryReport:
     """`spec` has every `auto` resolved. `device` stands for each of the job's; `most_rows` is what a step can have on
-    one of them."""
+    one of them; `loaded` is what `shape` tells, where no more is known."""
     available = available_bytes(spec, device)
     usable = int(USABLE_SHARE * available)
     if shape is None or shape.missing:
@@ -108,19 +117,31 @@ def report_memory(
     assert stage != "auto" and offload != "auto" and recompute != "auto"
     chosen = (stage, offload, recompute)
 
-    def plan_of(way: tuple[Stage, Offload, bool], largest: LargestPass) -> MemoryPlan:
-        dtype, attention = spec.compute.dtype, spec.compute.attention
-        return estimate_memory(load_of(spec, shape, device, largest, way, dtype=dtype, attention=attention))
+    micro_batch_size = spec.batch.micro_batch_size
+    largest = bounds.largest_pass(micro_batch_size)
 
-    def fits_as_chosen(micro_batch_size: int, row: int, sample: int) -> bool:
-        tokens = micro_batch_size * row
-        wide = LargestPass(tokens, tokens if spec.packing.mode == "padding_free" else row, sample)
-        return plan_of(chosen, wide).total <= usable
+    def plan_of(way: tuple[Stage, Offload, bool], largest: LargestPass, attention: str = "") -> MemoryPlan:
+        attention = attention or spec.compute.attention
+        return estimate_memory(
+            load_of(spec, shape, device, largest, way, dtype=spec.compute.dtype, attention=attention)
+        )
+
+    def fits_as_chosen(largest: LargestPass) -> bool:
+        return plan_of(chosen, largest).total <= usable
+
+    def of_length(length: int) -> LargestPass:
+        """Samples so long that each fills its row, as many as a pass takes."""
+        tokens = min(micro_batch_size, most_rows) * length
+        return LargestPass(tokens, tokens if spec.packing.mode == "padding_free" else length, length)
+
+    def by_attention() -> Iterator[tuple[AttentionPath, MemoryPlan]]:
+        for path in ATTENTION_PATHS:
+            yield path, plan_of(chosen, largest, path)
 
     ways: list[Way] = []
-    model = Loaded.of(shape)
+    model = loaded or Loaded.of(shape)
     for again in (recompute, not recompute):
-        for pair in _pairs(spec, shape, device):
+        for pair in _pairs(spec, model, device):
             is_chosen = (*pair, again) == chosen
             found = fault(spec, *pair, model)
             if found is not None:
@@ -128,36 +149,32 @@ def report_memory(
                 continue
             plan = plan_of((*pair, again), largest)
             ways.append(Way(*pair, again, is_chosen, plan, plan.total <= usable))
-    micro_batch_size = spec.batch.micro_batch_size
-    row, sample = largest.tokens // micro_batch_size, largest.longest_sample
-    if fits_as_chosen(micro_batch_size, context_length, context_length):
+    if fits_as_chosen(of_length(context_length)):
         longest = context_length
     else:
-        units = _largest(
-            lambda units: fits_as_chosen(micro_batch_size, units * LENGTH_STEP, units * LENGTH_STEP),
-            context_length // LENGTH_STEP,
+        longest = LENGTH_STEP * _largest(
+            lambda units: fits_as_chosen(of_length(units * LENGTH_STEP)), context_length // LENGTH_STEP
         )
-        longest = units * LENGTH_STEP
     return MemoryReport(
         device,
         spec.parallel.devices,
         available,
         usable,
         tuple(ways),
-        largest_micro_batch_size=_largest(lambda rows: fits_as_chosen(rows, row, sample), most_rows),
+        largest_micro_batch_size=_largest(lambda rows: fits_as_chosen(bounds.largest_pass(rows)), most_rows),
         most_rows=most_rows,
         largest_max_length=longest,
         context_length=context_length,
+        by_attention={} if fault(spec, stage, offload, model) else dict(by_attention()),
     )
 
 
-def _pairs(spec: JobSpec, shape: Architecture, device: Device) -> Iterator[tuple[Stage, Offload]]:
+def _pairs(spec: JobSpec, model: Loaded, device: Device) -> Iterator[tuple[Stage, Offload]]:
     """Stage and offload of the ways to show. A stage that cannot run is among them, with its reason; an offload that
     cannot is not, unless it was asked for."""
     stage, offload = spec.parallel.zero_stage, spec.parallel.offload
     assert stage != "auto" and offload != "auto"
     shown = _ONE_RANK if spec.parallel.devices == 1 else _STAGES + _OFFLOADED
-    model = Loaded.of(shape)
     pairs = [
         pair for pair in shown if pair[1] == "none" or (can_offload(spec, device) and fault(spec, *pair, model) is None)
     ]

@@ -8,15 +8,17 @@ only the others are chosen.
 An estimate refuses nothing. Where no way fits, the one that needs least is taken and the reason says so.
 """
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
+import numpy as np
+
 from core.architecture import Architecture
-from core.errors import Reason
+from core.errors import Reason, UserError
 from core.memory import Load, MemoryPlan, Offload, estimate_memory
-from core.packing import PlanSettings
+from core.packing import IntArray, PlanSettings
 from core.spec import Adapter, JobSpec
 from core.wire import Device
 from core.zero import Loaded, fault
@@ -48,14 +50,61 @@ class LargestPass:
     longest_sample: int
 
 
-def largest_pass(settings: PlanSettings, lengths: Sequence[int]) -> LargestPass:
-    """What no forward pass exceeds, before any is laid out. `lengths` are those of the trained samples, in tokens."""
-    longest = max(lengths)
-    row = settings.row_length if settings.mode == "packed" else longest
-    if settings.mode == "packed" and settings.batch_by == "samples":
-        row = min(row, sum(heapq.nlargest(settings.per_step, lengths)))
-    slots = row * settings.micro_batch_size
-    return LargestPass(slots, slots if settings.mode == "padding_free" else row, longest)
+@dataclass(frozen=True, eq=False)
+class StepBounds:
+    """What no step of a job exceeds, before any is laid out; lengths are tokens."""
+
+    rows: int  # of one rank: packed rows, or samples
+    row: int  # the widest
+    longest: int  # sample
+    side_by_side: IntArray | None  # [i] = the i + 1 longest samples of a step together, where a pass is one row of them
+
+    def largest_pass(self, micro_batch_size: int) -> LargestPass:
+        """What no forward pass of so many rows exceeds."""
+        rows = min(micro_batch_size, self.rows)
+        if self.side_by_side is not None:
+            tokens = int(self.side_by_side[rows - 1])
+            return LargestPass(tokens, tokens, self.longest)
+        return LargestPass(rows * self.row, self.row, self.longest)
+
+
+def step_bounds(settings: PlanSettings, lengths: Sequence[int] | IntArray) -> StepBounds:
+    """`lengths` are those of the trained samples; a set of weight w may bring each of them ceil(w) times a step."""
+    epoch = np.asarray(lengths)
+    if any(part.weight > 1 for part in settings.sets):
+        copies = [ceil(part.weight) for part in settings.sets]
+        epoch = np.repeat(epoch, np.repeat(copies, [part.num_samples for part in settings.sets]))
+    longest = int(epoch.max())
+    samples, tokens = len(epoch), int(epoch.sum())
+    if settings.batch_by == "samples" or (settings.batch_by == "rows" and settings.mode != "packed"):
+        samples = min(samples, settings.per_step)
+        tokens = int(np.partition(epoch, len(epoch) - samples)[len(epoch) - samples :].sum())
+    elif settings.batch_by == "tokens":  # it closes with the sample that brings it there
+        tokens = min(tokens, settings.per_step - 1 + longest)
+    row, side_by_side = longest, None
+    if settings.mode == "packed":
+        row = min(settings.row_length, tokens)
+        samples = min(samples, _most_rows(settings, tokens))
+    rows = -(-samples // settings.num_ranks)
+    if settings.mode == "padding_free":
+        side_by_side = np.minimum(np.cumsum(np.sort(epoch)[::-1][:rows]), tokens)
+    return StepBounds(rows, row, longest, side_by_side)
+
+
+def _most_rows(settings: PlanSettings, tokens: int) -> int:
+    """Packed rows of one step that holds so many tokens. What opens a row fits in none of those before (best fit) or
+    not in the last (sequential): so any two rows, or any two neighbours, hold more than a row's capacity together."""
+    if settings.algorithm == "wrapped":
+        most = -(-tokens // settings.row_length)
+    else:
+        most = -(-2 * tokens // settings.row_length) - (settings.algorithm == "best_fit")
+    most = max(1, most)
+    return min(most, settings.per_step) if settings.batch_by == "rows" else most
+
+
+def largest_pass(settings: PlanSettings, lengths: Sequence[int] | IntArray) -> LargestPass:
+    """What no forward pass exceeds."""
+    return step_bounds(settings, lengths).largest_pass(settings.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -68,16 +117,24 @@ class Placement:
 
 
 def place(
-    spec: JobSpec, shape: Architecture | None, device: Device, largest: LargestPass, *, dtype: str, attention: str
+    spec: JobSpec,
+    shape: Architecture | None,
+    device: Device,
+    largest: LargestPass,
+    *,
+    dtype: str,
+    attention: str,
+    loaded: Loaded | None = None,
 ) -> Placement:
-    """`device` stands for each of the job's devices; on a CPU they share its memory."""
+    """`device` stands for each of the job's devices; on a CPU they share its memory. `loaded` is what `shape` tells,
+    where no more is known."""
     if shape is None or shape.missing:
         return _without_a_plan(spec, shape, device)
     available = available_bytes(spec, device)
     asked = spec.compute.gradient_checkpointing
     recomputes = (False, True) if asked == "auto" else (asked,)
     ways: list[Way] = []
-    for stage, offload in _pairs(spec, shape, device):
+    for stage, offload in _pairs(spec, loaded or Loaded.of(shape), device):
         for recompute in recomputes:
             way = (stage, offload, recompute)
             load = load_of(spec, shape, device, largest, way, dtype=dtype, attention=attention)
@@ -126,16 +183,27 @@ def can_offload(spec: JobSpec, device: Device) -> bool:
     return device.kind == "gpu" and spec.optimizer.name == "adamw"
 
 
-def _pairs(spec: JobSpec, shape: Architecture, device: Device) -> list[tuple[Stage, Offload]]:
+def impossible(spec: JobSpec, loaded: Loaded) -> UserError | None:
+    """Why no stage with any offload that agrees with what was given can run on a GPU; None where one can."""
+    ways = {*_ONE_DEVICE, *_ADAPTERS, *_FULL, *_OTHERS}
+    if any(_agrees(spec, *way) and fault(spec, *way, loaded) is None for way in ways):
+        return None
+    stage, offload = spec.parallel.zero_stage, spec.parallel.offload
+    if offload == "auto":
+        offload = "none"
+    if stage == "auto":  # then it is offload that cannot be had
+        stage = 3 if offload == "optimizer_and_params" else 2
+    return fault(spec, stage, offload, loaded)
+
+
+def _pairs(spec: JobSpec, loaded: Loaded, device: Device) -> list[tuple[Stage, Offload]]:
     """Stage and offload, the cheapest first: those that can run and that agree with what was given."""
     preferred = _ONE_DEVICE if spec.parallel.devices == 1 else _ADAPTERS if _has_adapters(spec) else _FULL
     for pool in (preferred, _OTHERS):
-        pairs = [pair for pair in pool if _agrees(spec, *pair) and _runs(spec, shape, device, *pair)]
+        pairs = [pair for pair in pool if _agrees(spec, *pair) and _runs(spec, loaded, device, *pair)]
         if pairs:
             return pairs
-    # What was given does not run; whoever refuses it says why.
-    stage = 0 if spec.parallel.zero_stage == "auto" else spec.parallel.zero_stage
-    return [(stage, "none" if spec.parallel.offload == "auto" else spec.parallel.offload)]
+    raise AssertionError("core.refusals has refused what cannot run")
 
 
 def _has_adapters(spec: JobSpec) -> bool:
@@ -146,8 +214,8 @@ def _agrees(spec: JobSpec, stage: Stage, offload: Offload) -> bool:
     return spec.parallel.zero_stage in ("auto", stage) and spec.parallel.offload in ("auto", offload)
 
 
-def _runs(spec: JobSpec, shape: Architecture, device: Device, stage: Stage, offload: Offload) -> bool:
-    if fault(spec, stage, offload, Loaded.of(shape)) is not None:
+def _runs(spec: JobSpec, loaded: Loaded, device: Device, stage: Stage, offload: Offload) -> bool:
+    if fault(spec, stage, offload, loaded) is not None:
         return False
     return offload == "none" or can_offload(spec, device)
 

@@ -87,8 +87,13 @@ class JobPlan:
     schedule: Schedule
     model: ModelProfile
     device: Device  # that stands for each of the job's
-    largest: LargestPass
+    bounds: StepBounds  # of its steps
+    loaded: Loaded
     memo: Memo  # of what other plans have in common with this one
+
+    @property
+    def largest(self) -> LargestPass:
+        return self.bounds.largest_pass(self.settings.micro_batch_size)
 
     @property
     def total_steps(self) -> int:
@@ -222,18 +227,19 @@ class JobPlan:
 
     @cached_property
     def memory(self) -> MemoryReport:
-        most_rows = self.settings.per_step
-        if self.settings.batch_by != "rows":
+        most_rows = self.bounds.rows
+        if self.settings.batch_by == "tokens":
             # Of the first epoch. A row holds a sample at least.
             offsets = self.run.epoch_plan(1).step_offsets
-            most_rows = int((offsets[1:] - offsets[:-1]).max())
+            most_rows = min(most_rows, -(-int((offsets[1:] - offsets[:-1]).max()) // self.settings.num_ranks))
         return report_memory(
             self.spec,
             self.model.shape,
             self.device,
-            self.largest,
+            self.bounds,
             context_length=self.model.context_length,
-            most_rows=-(-most_rows // self.settings.num_ranks),
+            most_rows=most_rows,
+            loaded=self.loaded,
         )
 
     def learning_rates(self) -> list[float]:
@@ -282,6 +288,8 @@ def plan_job(
     Raises UserError or UserErrors where the spec does not fit the data, the model or this release.
     """
     refuse_unbuilt(spec)
+    loaded = Loaded.of(model.shape, max(facts.num_new_tokens for facts in data.values()))
+    refuse(spec, model, device, loaded)
     memo = memo or Memo(KEPT_OF_ONE)
     selection = memo.get(
         ("selection", *selected_by(spec), model.context_length),
@@ -321,8 +329,9 @@ def plan_job(
     warmup = resolve_warmup_steps(
         run.total_steps, run.steps_per_epoch, given.warmup_ratio, given.warmup_steps, given.warmup_epochs
     )
-    largest = largest_pass(settings, selection.train.lengths.tolist())
-    resolved, choices = _resolve(spec, data, model, device, max_length=max_length, largest=largest)
+    bounds = memo.get(("bounds", settings), (selection,), lambda: step_bounds(settings, selection.train.lengths))
+    largest = bounds.largest_pass(settings.micro_batch_size)
+    resolved, choices = _resolve(spec, data, model, device, max_length=max_length, largest=largest, loaded=loaded)
     choices = (*selection.choices, *choices, choice("schedule.warmup_steps", warmup.steps, warmup.reason))
     assert isinstance(resolved.schedule.learning_rate, float)
     schedule = Schedule(
@@ -332,7 +341,7 @@ def plan_job(
         decay=given.decay,
         min_lr_ratio=given.min_lr_ratio,
     )
-    return JobPlan(resolved, choices, selection, settings, run, schedule, model, device, largest, memo)
+    return JobPlan(resolved, choices, selection, settings, run, schedule, model, device, bounds, loaded, memo)
 
 
 def _resolve(
@@ -343,9 +352,9 @@ def _resolve(
     *,
     max_length: int,
     largest: LargestPass,
+    loaded: Loaded,
 ) -> tuple[JobSpec, tuple[Choice, ...]]:
     """Every `auto` that the samples don't decide."""
-    refuse_what_only_gpus_do(spec.compute, device)
     choices: list[Choice] = []
 
     def auto(field: str, given: object, value: str | int | float | bool, reason: Reason) -> object:
@@ -361,7 +370,7 @@ def _resolve(
     )
     dtype = auto("compute.dtype", spec.compute.dtype, *auto_dtype(device))
     attention = auto("compute.attention", spec.compute.attention, *auto_attention(device, str(dtype)))
-    placement = place(spec, model.shape, device, largest, dtype=str(dtype), attention=str(attention))
+    placement = place(spec, model.shape, device, largest, dtype=str(dtype), attention=str(attention), loaded=loaded)
 
     def placed(field: str, given: object, value: str | int | bool) -> object:
         return auto(field, given, value, placement.reasons[field])

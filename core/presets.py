@@ -11,7 +11,7 @@ from typing import Any
 
 from core.demo_data import DEMO_DATASET, DEMO_MODEL
 from core.errors import N_, Reason, UserError
-from core.spec import AnyMethod, Compute
+from core.spec import AnyMethod
 from core.wire import Device
 
 BILLION = 1_000_000_000
@@ -103,15 +103,6 @@ def auto_attention(device: Device, dtype: str) -> tuple[str, Reason]:
     if dtype == "fp32" or not device.has_bf16:
         return "flash", Reason("auto.attention_gpu_one_by_one", {"device": device.name, "dtype": dtype})
     return "flash", Reason("auto.attention_gpu", {})
-
-
-def refuse_what_only_gpus_do(compute: Compute, device: Device) -> None:
-    """torch has no gradient for flex_attention on a CPU. Compiled layers were tried there: exact, but after minutes of
-    g++ three steps of demo/tiny-llama take 2.98 s, against 2.86 s."""
-    if device.kind == "cpu" and compute.attention == "flex":
-        raise UserError("plan.flex_on_cpu", "compute.attention")
-    if device.kind == "cpu" and compute.compile:
-        raise UserError("plan.compile_on_cpu", "compute.compile")
 
 
 def auto_max_length(

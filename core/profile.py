@@ -136,12 +136,44 @@ class RefusedRow(Facts):
 
 
 class TokenPreview(Facts):
-    """One sample as the model sees it: `pieces` are the tokens as text, `trained` marks those with a loss."""
+    """One sample as the model sees it: `pieces` are the tokens as text, `trained` marks those with a loss, `special`
+    those that stand for no text of anybody's: an end of turn, a role."""
 
     line: int
     pieces: tuple[str, ...]
     trained: tuple[bool, ...]
     num_hidden: int = 0  # tokens of a very long sample that follow and are not shown
+    # Previews of before these were noted have none.
+    ids: tuple[int, ...] = ()
+    special: tuple[bool, ...] = ()
+    num_trained: int | None = None  # of the whole sample
+    num_turns: int | None = None  # assistant turns that are trained
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.pieces) + self.num_hidden
+
+
+class AlikeRow(Facts):
+    line: int
+    similarity: float  # to the first row of its group, the estimated share of words in common; 1 of an equal row
+    is_equal: bool
+
+
+class AlikeRows(Facts):
+    """Rows that equal or nearly equal each other, directly or by way of one between them."""
+
+    rows: tuple[AlikeRow, ...]  # the first of them, in the order of the file
+    num_rows: int
+
+
+class Duplicates(Facts):
+    """Among the rows that gave a sample, how many only say again what an earlier one said."""
+
+    num_equal: int  # the same content as an earlier row
+    num_alike: int  # other content, nearly the same words (core.duplicates)
+    num_groups: int
+    groups: tuple[AlikeRows, ...]  # the first of them
 
 
 class DataProfile(Facts):
@@ -167,7 +199,12 @@ class DataProfile(Facts):
     # Profiles of before runs were noted have none: nothing can be cut by them.
     sample_runs: Column | None = None  # runs of trained tokens
     run_bounds: Column | None = None
+    num_new_tokens: int = 0  # that the template added to the model's
     num_tokens_if_split: int | None = None  # of `whole`: what one sample a turn, each with its context, would come to
+    # Not in profiles of before duplicates were looked for, nor where a trainer measured on its way.
+    duplicates: Duplicates | None = None
+    sample_group: Column | None = None  # the group of rows that its row is alike to, from 1; 0: of none
+    sample_sketches: Column | None = None  # two numbers a sample, for comparing with other data sets (core.duplicates)
     preview: tuple[TokenPreview, ...] = ()
 
     @field_validator("sample_hash", mode="before")
@@ -180,9 +217,12 @@ class DataProfile(Facts):
 
     @model_validator(mode="after")
     def _columns_run_parallel(self) -> "DataProfile":
-        columns = (self.sample_row, self.sample_trained, self.sample_turns, self.sample_hash, self.sample_runs)
+        always = (self.sample_row, self.sample_trained, self.sample_turns, self.sample_hash)
+        columns = (*always, self.sample_runs, self.sample_group)
         if any(column is not None and len(column) != len(self.sample_length) for column in columns):
             raise ValueError("the sample columns have an entry for each sample")
+        if self.sample_sketches is not None and len(self.sample_sketches) != 2 * len(self.sample_length):
+            raise ValueError("sample_sketches has two entries for each sample")
         if (self.sample_runs is None) != (self.run_bounds is None):
             raise ValueError("sample_runs and run_bounds come together")
         if len(self.run_bounds or ()) != 2 * sum(self.sample_runs or ()):
@@ -200,4 +240,8 @@ class ModelProfile(Facts):
     dtype: str
     has_chat_template: bool
     bytes: int
+    tokenizer_bytes: int | None = None  # its files, which every result brings along; not in earlier profiles
     shape: Architecture | None = None  # not in profiles of a release that didn't measure it
+    quantisation: str | None = None  # how its weights are stored quantised, as its config names it
+    license: str | None = None  # as its model card or config names it
+    tokenizer: str | None = None  # the class that its files name

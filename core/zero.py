@@ -104,6 +104,8 @@ def fault(spec: JobSpec, stage: Stage, offload: Offload, model: Loaded) -> UserE
         return UserError("zero.vision", "parallel.zero_stage")
     if model.num_new_tokens:
         return UserError("zero.new_tokens", "parallel.zero_stage", num_tokens=model.num_new_tokens)
+    if spec.compute.compile:
+        return UserError("engine.compile_sharded", "compute.compile")
     return None
 
 

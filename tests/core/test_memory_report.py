@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -10,12 +11,13 @@ from hypothesis import strategies as st
 from core.architecture import Architecture
 from core.memory import estimate_memory
 from core.memory_report import LENGTH_STEP, MemoryReport, report_memory
-from core.placement import LargestPass, Placement, load_of, place
+from core.placement import LargestPass, Placement, StepBounds, load_of, place
 from core.spec import JobSpec, parse_spec
 from core.wire import Device
 from tests.core.shapes import LLAMA_7B, LLAMA_70B
 
-LARGEST = LargestPass(tokens=4096, longest_row=4096, longest_sample=1024)
+MOST_ROWS = 64  # that a step has on a device here
+BOUNDS = StepBounds(MOST_ROWS, 4096, 1024, None)
 
 
 def device_of(kind: str, gigabytes: float) -> Device:
@@ -33,12 +35,13 @@ def report_of(
     spec: JobSpec,
     device: Device,
     shape: Architecture | None = LLAMA_7B,
-    largest: LargestPass = LARGEST,
+    bounds: StepBounds = BOUNDS,
     *,
     context_length: int = 32_768,
     most_rows: int = 32,
 ) -> tuple[MemoryReport, Placement, JobSpec]:
     """The report of a spec that is resolved as a job's plan resolves it."""
+    largest = bounds.largest_pass(spec.batch.micro_batch_size)
     placed = place(spec, shape, device, largest, dtype="bf16", attention="flash")
     parallel = {"zero_stage": placed.zero_stage, "offload": placed.offload}
     compute = {"dtype": "bf16", "attention": "flash", "gradient_checkpointing": placed.gradient_checkpointing}
@@ -48,12 +51,12 @@ def report_of(
             "compute": spec.compute.model_copy(update=compute),
         }
     )
-    report = report_memory(resolved, shape, device, largest, context_length=context_length, most_rows=most_rows)
+    report = report_memory(resolved, shape, device, bounds, context_length=context_length, most_rows=most_rows)
     return report, placed, resolved
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[JobSpec, Device, Architecture, LargestPass]:
+def cases(draw: st.DrawFn) -> tuple[JobSpec, Device, Architecture, StepBounds]:
     micro_batch_size = draw(st.integers(1, 4))
     row = draw(st.integers(1, 8192))
     mode = draw(st.sampled_from(["packed", "padding_free"]))
@@ -65,14 +68,14 @@ def cases(draw: st.DrawFn) -> tuple[JobSpec, Device, Architecture, LargestPass]:
         optimizer={"name": draw(st.sampled_from(["adamw", "adamw_8bit"]))},
     )
     device = device_of(draw(st.sampled_from(["gpu", "cpu"])), draw(st.integers(8, 200)))
-    tokens = micro_batch_size * row
-    largest = LargestPass(tokens, tokens if mode == "padding_free" else row, draw(st.integers(1, row)))
-    return spec, device, draw(st.sampled_from([LLAMA_7B, LLAMA_70B])), largest
+    side_by_side = row * np.arange(1, MOST_ROWS + 1) if mode == "padding_free" else None
+    bounds = StepBounds(MOST_ROWS, row, draw(st.integers(1, row)), side_by_side)
+    return spec, device, draw(st.sampled_from([LLAMA_7B, LLAMA_70B])), bounds
 
 
 @given(cases())
 def test_the_chosen_way_is_the_placed_one_with_the_same_bytes(
-    case: tuple[JobSpec, Device, Architecture, LargestPass],
+    case: tuple[JobSpec, Device, Architecture, StepBounds],
 ) -> None:
     report, placed, _ = report_of(*case)
     (chosen,) = [way for way in report.ways if way.is_chosen]
@@ -85,11 +88,11 @@ def test_the_chosen_way_is_the_placed_one_with_the_same_bytes(
     assert len({(way.zero_stage, way.offload, way.gradient_checkpointing) for way in report.ways}) == len(report.ways)
 
 
-@given(cases(), st.integers(1, 64), st.sampled_from([100, 2048, 32_768, 131_072]))
+@given(cases(), st.integers(4, MOST_ROWS), st.sampled_from([100, 2048, 32_768, 131_072]))
 def test_the_largest_fits_and_one_more_does_not(
-    case: tuple[JobSpec, Device, Architecture, LargestPass], most_rows: int, context_length: int
+    case: tuple[JobSpec, Device, Architecture, StepBounds], most_rows: int, context_length: int
 ) -> None:
-    spec, device, shape, largest = case
+    spec, device, shape, bounds = case
     report, placed, resolved = report_of(*case, context_length=context_length, most_rows=most_rows)
     rows = spec.batch.micro_batch_size
     is_padding_free = spec.packing.mode == "padding_free"
@@ -100,10 +103,10 @@ def test_the_largest_fits_and_one_more_does_not(
         load = load_of(resolved, shape, device, wide, way, dtype="bf16", attention="flash")
         return estimate_memory(load).total <= report.usable_bytes
 
-    row, found = largest.tokens // rows, report.largest_micro_batch_size
+    found = report.largest_micro_batch_size
     assert 0 <= found <= most_rows
-    assert found == 0 or fits(found, row, largest.longest_sample)
-    assert found == most_rows or not fits(found + 1, row, largest.longest_sample)
+    assert found == 0 or fits(found, bounds.row, bounds.longest)
+    assert found == most_rows or not fits(found + 1, bounds.row, bounds.longest)
     length = report.largest_max_length
     assert 0 <= length <= context_length
     assert length == 0 or fits(rows, length, length)
@@ -114,13 +117,13 @@ def test_the_largest_fits_and_one_more_does_not(
 
 @given(cases(), st.integers(8, 400))
 def test_more_memory_never_lets_less_fit(
-    case: tuple[JobSpec, Device, Architecture, LargestPass], gigabytes: int
+    case: tuple[JobSpec, Device, Architecture, StepBounds], gigabytes: int
 ) -> None:
-    spec, device, shape, largest = case
-    _, _, resolved = report_of(spec, device, shape, largest)
+    spec, device, shape, bounds = case
+    _, _, resolved = report_of(spec, device, shape, bounds)
     larger = replace_memory(device, device.memory_bytes + gigabytes * 10**9)
     small, large = (
-        report_memory(resolved, shape, each, largest, context_length=32_768, most_rows=32) for each in (device, larger)
+        report_memory(resolved, shape, each, bounds, context_length=32_768, most_rows=32) for each in (device, larger)
     )
     assert small.largest_micro_batch_size <= large.largest_micro_batch_size
     assert small.largest_max_length <= large.largest_max_length
@@ -170,12 +173,27 @@ def test_a_stage_that_cannot_run_says_why_and_has_no_plan() -> None:
         assert way.why_not is not None and "QLoRA under ZeRO stage 3" in way.why_not.text()
 
 
-def test_what_was_asked_for_is_shown_although_it_cannot_run() -> None:
-    asked = spec_of("qlora", 2, parallel={"zero_stage": 3, "offload": "optimizer"})
-    report, _, _ = report_of(asked, device_of("gpu", 80))
-    assert report.chosen is not None and report.chosen.plan is None
-    assert report.chosen.offload == "optimizer" and report.chosen.why_not is not None
-    assert report.planned_peak_bytes is None
+def test_a_way_that_nobody_would_choose_is_shown_where_it_was_asked_for() -> None:
+    report, _, _ = report_of(spec_of("lora", 1, parallel={"zero_stage": 1}), device_of("gpu", 80))
+    assert report.chosen is not None and (report.chosen.zero_stage, report.chosen.offload) == (1, "none")
+
+
+@given(cases())
+def test_of_each_attention_path_it_is_the_same_load_but_for_the_path(
+    case: tuple[JobSpec, Device, Architecture, StepBounds],
+) -> None:
+    spec, device, shape, bounds = case
+    report, placed, resolved = report_of(*case)
+    way = (placed.zero_stage, placed.offload, placed.gradient_checkpointing)
+    largest = bounds.largest_pass(spec.batch.micro_batch_size)
+    for path, plan in report.by_attention.items():
+        load = load_of(resolved, shape, device, largest, way, dtype="bf16", attention=path)
+        assert plan == estimate_memory(load)
+    assert list(report.by_attention) == ["flash", "sdpa", "eager"]
+    assert report.by_attention["flash"] == placed.plan
+    totals = [plan.total for plan in report.by_attention.values()]
+    assert totals == sorted(totals)
+    assert largest.longest_row < 2 or totals[0] < totals[1] < totals[2], "what is stored grows with the row's square"
 
 
 def test_without_sizes_the_report_names_what_is_missing() -> None:
@@ -209,5 +227,5 @@ def test_stored_scores_make_longer_rows_cost_more_than_more_of_them() -> None:
     """The longest sample counts, where a model stores scores over it."""
     stores = LLAMA_7B.model_copy(update={"has_plain_scores": True})
     plain, _, _ = report_of(spec_of(), device_of("gpu", 80))
-    capped, _, _ = report_of(spec_of(), device_of("gpu", 80), stores, replace(LARGEST, longest_sample=1))
+    capped, _, _ = report_of(spec_of(), device_of("gpu", 80), stores, replace(BOUNDS, longest=1))
     assert capped.largest_max_length < plain.largest_max_length

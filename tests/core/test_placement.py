@@ -2,15 +2,22 @@
 
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from core import placement
 from core.architecture import Architecture
-from core.packing import PlanSettings
+from core.layout import num_slots
+from core.packing import PlanSettings, SampleSet
 from core.placement import LargestPass, Placement, largest_pass, place
+from core.preflight import plan_job
 from core.spec import parse_spec
 from core.wire import Device
 from tests.core.shapes import LLAMA_7B, LLAMA_70B
+from tests.core.test_preflight import MODEL, plan_of
+from tests.core.test_verdict import cut_anywhere
 
 LARGEST = LargestPass(tokens=4096, longest_row=4096, longest_sample=1024)
 
@@ -109,9 +116,83 @@ def test_without_the_models_sizes_a_gpu_recomputes_and_the_reason_says_so() -> N
     assert "head_dim" in placed("lora", gpu(80), unknown).reasons["parallel.offload"].text()
 
 
-def test_a_pass_is_no_wider_than_its_row_and_a_step_holds_no_more_than_its_samples() -> None:
-    lengths = [100, 300, 200, 50]
-    assert largest_pass(PlanSettings("packed", 4096, "samples", 2, 1), lengths) == LargestPass(500, 500, 300)
-    assert largest_pass(PlanSettings("packed", 400, "samples", 4, 2), lengths) == LargestPass(800, 400, 300)
-    assert largest_pass(PlanSettings("padded", 4096, "samples", 4, 2), lengths) == LargestPass(600, 300, 300)
-    assert largest_pass(PlanSettings("padding_free", 4096, "samples", 4, 2), lengths) == LargestPass(600, 600, 300)
+@pytest.mark.parametrize(
+    ("settings", "largest"),
+    [
+        (PlanSettings("packed", 4096, "samples", 2, 1), LargestPass(500, 500, 300)),
+        (PlanSettings("packed", 400, "samples", 4, 2), LargestPass(800, 400, 300)),
+        (PlanSettings("packed", 4096, "samples", 4, 8), LargestPass(650, 650, 300)),  # all in one row
+        (PlanSettings("packed", 400, "samples", 4, 8), LargestPass(1200, 400, 300)),  # any two rows hold over 400
+        (PlanSettings("packed", 400, "samples", 4, 8, num_ranks=3), LargestPass(400, 400, 300)),
+        (PlanSettings("packed", 400, "rows", 3, 8), LargestPass(1200, 400, 300)),
+        (PlanSettings("packed", 400, "rows", 3, 8, num_ranks=2), LargestPass(800, 400, 300)),
+        (PlanSettings("packed", 4096, "tokens", 50, 4), LargestPass(349, 349, 300)),
+        (PlanSettings("padded", 4096, "samples", 4, 2), LargestPass(600, 300, 300)),
+        (PlanSettings("padded", 4096, "samples", 3, 8), LargestPass(900, 300, 300)),
+        (PlanSettings("padded", 4096, "samples", 3, 8, num_ranks=2), LargestPass(600, 300, 300)),
+        (PlanSettings("padding_free", 4096, "samples", 4, 2), LargestPass(500, 500, 300)),
+        (PlanSettings("padding_free", 4096, "samples", 3, 8, num_ranks=2), LargestPass(500, 500, 300)),
+        (PlanSettings("padding_free", 4096, "samples", 2, 2, sets=(SampleSet(4, 1.5),)), LargestPass(600, 600, 300)),
+    ],
+)  # fmt: skip
+def test_a_pass_holds_no_more_than_its_rows_nor_than_a_step_has(settings: PlanSettings, largest: LargestPass) -> None:
+    assert largest_pass(settings, [100, 300, 200, 50]) == largest
+
+
+@hypothesis.settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=60),
+    st.sampled_from(["packed", "padding_free", "grouped", "padded"]),
+    st.sampled_from([("samples_per_step", 40), ("tokens_per_step", 2000), ("rows_per_step", 12)]),
+    st.floats(0.02, 1.0),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.integers(300, 900),
+    st.sampled_from(["best_fit", "sequential", "wrapped"]),
+    st.sampled_from([0.5, 1.0, 2.5]),
+)
+def test_no_pass_of_any_step_is_larger_than_planned(
+    lengths: list[int],
+    mode: str,
+    batch: tuple[str, int],
+    share: float,
+    micro_batch_size: int,
+    devices: int,
+    row_length: int,
+    algorithm: str,
+    weight: float,
+) -> None:
+    assume(algorithm == "best_fit" or mode == "packed")
+    assume(algorithm != "wrapped" or batch[0] == "rows_per_step")
+    facts = cut_anywhere([length + 10 for length in lengths])
+    spec = parse_spec(
+        {
+            "data": {"train": [{"dataset": "d", "weight": weight}], "max_length": 310, "validation": None},
+            "packing": {"mode": mode, "algorithm": algorithm, "row_length": max(310, row_length)},
+            "batch": {batch[0]: max(1, int(share * batch[1])), "micro_batch_size": micro_batch_size},
+            "parallel": {"devices": devices},
+            "schedule": {"epochs": 2},
+        }
+    )
+    plan = plan_job(spec, {"d": facts}, MODEL, gpu(80))
+    passes = [
+        micro_batch
+        for number in range(1, plan.total_steps + 1)
+        for rank in plan.step(number).layout.ranks
+        for micro_batch in rank
+    ]
+    segments = [segment.length for micro_batch in passes for row in micro_batch for segment in row]
+    rows = [sum(segment.length for segment in row) for micro_batch in passes for row in micro_batch]
+    assert max(map(num_slots, passes)) <= plan.largest.tokens
+    assert max(rows) <= plan.largest.longest_row
+    assert max(segments) <= plan.largest.longest_sample
+    # And none that cannot occur: not more rows than a pass takes or a rank has, no wider than rows are.
+    assert plan.largest.tokens <= min(micro_batch_size, plan.bounds.rows) * plan.bounds.row
+
+
+def test_a_step_of_few_samples_is_not_planned_for_rows_that_it_cannot_have() -> None:
+    """Sixteen rows a pass were planned for steps of four samples."""
+    plan = plan_of(cut_anywhere([100] * 64), gpu(80), batch={"samples_per_step": 4, "micro_batch_size": 16})
+    (real,) = {num_slots(passes[0]) for number in (1, 2) for passes in plan.step(number).layout.ranks}
+    assert plan.settings.row_length * 16 > 4 * real
+    assert plan.largest.tokens <= 2 * real

@@ -19,12 +19,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from core.architecture import ROUTERS
 from core.errors import UserError
 from core.spec import Adapter
 from worker.engine.model import Warn, quiet_libraries
 
-# Last names of linear layers that choose experts: an adapter there changes who computes, not what is computed.
-ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 # In a model whose experts share a tensor, PEFT 0.21 takes layers of these names for experts as transformers 4 kept
 # them, and lays the adapter on the experts instead: at wrapping and at every later loading. A dense layer or a shared
 # expert is therefore named by its weight.

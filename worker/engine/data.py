@@ -15,7 +15,7 @@ import hashlib
 import json
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -81,11 +81,14 @@ def measure(
     def make(folder: Path) -> None:
         write_samples(path, folder, tokenizer, reading, on_progress, is_ahead=is_ahead)
 
-    policy = (reading.format, reading.train_on, reading.multi_turn)
-    found = cache.get(key_of(file.sha256, tokenizer.fingerprint, *policy), make)
+    found = cache.get(cache_key(file, tokenizer, reading), make)
     size = path.stat().st_size
     on_progress(size, size)
     return found
+
+
+def cache_key(file: InputFile, tokenizer: HfChatTokenizer, reading: Reading) -> str:
+    return key_of(file.sha256, tokenizer.fingerprint, reading.format, reading.train_on, reading.multi_turn)
 
 
 def read_samples(
@@ -95,10 +98,12 @@ def read_samples(
     on_progress: OnProgress = lambda done, total: None,
     *,
     is_ahead: bool = True,
+    only: Container[int] | None = None,
 ) -> MeasuredSet:
-    """All samples of a file, with its profile, kept nowhere: their files go with them."""
+    """All samples of a file, with its profile, kept nowhere: their files go with them. `only`: those of the rows with
+    these indices, read as all would be; the profile then counts no other row."""
     with tempfile.TemporaryDirectory(prefix="samples-") as folder:
-        write_samples(path, Path(folder), tokenizer, reading, on_progress, is_ahead=is_ahead)
+        write_samples(path, Path(folder), tokenizer, reading, on_progress, is_ahead=is_ahead, only=only)
         return open_set(Path(folder))
 
 
@@ -110,9 +115,10 @@ def write_samples(
     on_progress: OnProgress = lambda done, total: None,
     *,
     is_ahead: bool = True,
+    only: Container[int] | None = None,
 ) -> None:
     """Writes a file's samples and its profile into an empty folder. Raises UserError data.* where no row of it can be
-    used. `is_ahead`: a thread encodes while this one renders on."""
+    used. `is_ahead`: a thread encodes while this one renders on. `only`: as in `read_samples`."""
     type = detect_file(_chunks(path, lambda done, total: None))
     rows = _rows(path, type, on_progress)
     deciding = list(_until_good(rows, NUM_DECIDING_ROWS))
@@ -125,10 +131,15 @@ def write_samples(
     with SampleWriter(folder) as writer:
         builder = _Builder(writer, tokenizer, format, cast(TrainOn, reading.train_on))
         multi_turn, why = builder.choose_multi_turn(good, reading.multi_turn)
-        builder.add_all(_batches(chain(deciding, rows), ROWS_PER_BATCH), multi_turn, is_ahead=is_ahead)
+        taken = (row for row in chain(deciding, rows) if only is None or row.index in only)
+        builder.add_all(_batches(taken, ROWS_PER_BATCH), multi_turn, is_ahead=is_ahead)
         if not builder.num_samples:
             raise _no_good_row(path, type, builder.num_rows, builder.refused)
         writer.finish(builder.profile(multi_turn, why))
+
+
+def rows_of_file(path: Path, on_progress: OnProgress) -> Iterator[Row | UnreadRow]:
+    return _rows(path, detect_file(_chunks(path, lambda done, total: None)), on_progress)
 
 
 def _rows(path: Path, type: FileType, on_progress: OnProgress) -> Iterator[Row | UnreadRow]:
@@ -276,6 +287,7 @@ class _Builder:
             sample_runs=Column(self._sample_runs),
             run_bounds=Column(self._run_bounds),
             num_tokens_if_split=self.num_tokens_if_split,
+            num_new_tokens=len(self._tokenizer.added_ids),
         )
 
 

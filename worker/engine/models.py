@@ -36,6 +36,8 @@ MAX_DEPTH = 4  # folders below a root: org/name, and room for one more grouping
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Where the families keep their context, the first that is there: most, GPT-2, MPT, others of that time.
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+# What transformers saves of a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -151,8 +153,15 @@ def profile_model(path: Path, name: str, cache: HashCache | None = None) -> Mode
         dtype=_dtype(tensors),
         has_chat_template=_has_chat_template(path),
         bytes=sum(file.stat().st_size for file in weights),
+        tokenizer_bytes=sum(file.stat().st_size for name in TOKENIZER_FILES if (file := path / name).is_file()),
         shape=shape,
+        quantisation=_quantisation(config),
     )
+
+
+def _quantisation(config: dict[str, object]) -> str | None:
+    stored = config.get("quantization_config")
+    return None if stored is None else str(stored.get("quant_method", "?") if isinstance(stored, dict) else stored)
 
 
 def _text_config(config: dict[str, object]) -> dict[str, object]:

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.change import ChangeView, Comparison, Origin, comparisons
 from app.change import view_of as view_of_change
+from app.forecast import ForecastView, forecast_job, remarks_on_disk
+from app.forecast import view_of as view_of_forecast
 from app.preflight_memory import Memory, memory_of
 from app.preflight_packing import (
     CostBasis,
@@ -91,6 +93,7 @@ class Preflight(BaseModel):
     first_row: FirstRow
     histogram: Lengths
     memory: Memory
+    forecast: ForecastView
     max_length: int
     row_length: int
     samples: int
@@ -146,10 +149,15 @@ def preflight(body: PreflightRequest, services: AnyServices) -> Preflight:
     plan = plan_for(services, spec)
     if isinstance(plan, Wanted):
         return _profiling(plan)  # type: ignore[return-value]  # a Response
-    return preflight_of(plan, comparisons(services, plan, spec, Origin(body.preset, body.job)))
+    forecast = forecast_job(services, plan, spec)
+    remarks = [*verdict_of(plan), *remarks_on_disk(services, forecast, spec)]
+    compared = comparisons(services, plan, spec, Origin(body.preset, body.job))
+    return preflight_of(plan, compared, remarks, view_of_forecast(forecast))
 
 
-def preflight_of(plan: JobPlan, compared: Sequence[Comparison]) -> Preflight:
+def preflight_of(
+    plan: JobPlan, compared: Sequence[Comparison], remarks: Sequence[Said], forecast: ForecastView
+) -> Preflight:
     facts, curve = plan.plan_event(), report_curve(plan)
     stride = -(-plan.total_steps // MAX_CURVE_STEPS)
     renamed = {
@@ -169,7 +177,7 @@ def preflight_of(plan: JobPlan, compared: Sequence[Comparison]) -> Preflight:
             "warmup_trained_tokens": curve.warmup_trained_tokens,
             "evaluation_steps": curve.evaluation_steps,
             "checkpoint_steps": curve.checkpoint_steps,
-            "verdict": [_remark(remark) for remark in verdict_of(plan)],
+            "verdict": [_remark(remark) for remark in remarks],
             "change": [view_of_change(comparison) for comparison in compared],
             "ways": ways_of(plan.packing),
             "baseline": way_of(plan.packing, plan.packing.baseline),
@@ -178,6 +186,7 @@ def preflight_of(plan: JobPlan, compared: Sequence[Comparison]) -> Preflight:
             "first_row": row_of(first_row(plan)),
             "histogram": lengths_of(report_lengths(plan)),
             "memory": memory_of(plan.memory),
+            "forecast": forecast,
             "choices": [Choice(field=c.field, value=c.value, reason=c.text()) for c in plan.choices],
         }
     )

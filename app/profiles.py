@@ -5,17 +5,20 @@ The web service never tokenises. Whoever needs a data set's facts with a model (
 line in the reply to that host's beats until it claims it.
 
     wanted -> running (claimed by a host) -> ready | failed
-    running for longer than PATIENCE_S -> may be claimed again: its host died, or its child hangs
+    running, and its host silent for longer than PATIENCE_S -> may be claimed again: it died, or its child hangs
     failed for longer than FAILED_KEPT_S -> wanted again by whoever asks next
 
 A profile's key is a hash of the data's and the model's content and of what the masks depend on, so nothing is ever
 measured twice, and nothing old is taken for new. A trainer measures the same on its way; what it posts is kept under
-the same key."""
+the same key.
+
+Of a large file the host first tells what a sample of its rows shows. That serves people who wait and nobody else: no
+program gets it for an answer, and no job is refused by it."""
 
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,11 +28,13 @@ from app.datasets.references import data_of, find_version, references
 from app.ids import new_id
 from app.models import KnownModel, known_models, resolve_model
 from app.problems import Problem, not_found
+from app.prospects import look_out
 from app.services import Services
 from app.tables import Blob, DatasetVersion, Host, Job, Profile
-from core.errors import UserError, UserErrors
+from core.errors import USER_FAULTS, UserError, UserErrors
 from core.preflight import JobPlan, plan_job
 from core.profile import DataProfile
+from core.sampled import stretch
 from core.spec import JobSpec, parse_spec
 from core.unbuilt import refuse_unbuilt
 from core.wire import HOST_FRESH_S, DataFile, Device, HostReport, ProfileOrder
@@ -37,7 +42,8 @@ from core.wire import HOST_FRESH_S, DataFile, Device, HostReport, ProfileOrder
 RESEND_S = 30.0  # an order unclaimed for so long goes to any host that has the model
 PATIENCE_S = 600.0
 FAILED_KEPT_S = 60.0
-FACTS_VERSION = 2  # of what is measured; a higher one measures everything anew. 2: the runs of trained tokens
+# Of what is measured; a higher one measures everything anew. 2: the runs of trained tokens. 3: duplicates
+FACTS_VERSION = 3
 
 
 def topic_of_profile(profile: str) -> str:
@@ -59,6 +65,11 @@ class Wanted:
     @property
     def data(self) -> dict[str, DataProfile]:
         return {name: read_result(profile) for name, profile in self.profiles.items()}
+
+    @property
+    def progress(self) -> dict[str, float]:
+        """The share of the work that is done, of each that a host is at."""
+        return {name: row.progress for name, row in self.profiles.items() if row.progress is not None}
 
     def refuse_failed(self) -> None:
         """Raises UserErrors with what the host said of each data set that can't be measured."""
@@ -87,7 +98,7 @@ def want_profiles(services: Services, spec: JobSpec) -> Wanted:
         for profile in wanted.profiles.values():
             if not _is_settled(profile, now):
                 host = _choose_host(session, wanted.model, now)
-                profile.state, profile.error = "wanted", None
+                profile.state, profile.error, profile.progress, profile.sampled = "wanted", None, None, None
                 profile.host, profile.wanted_at, profile.sent_at = host, now, now if host else None
                 session.add(profile)
                 ordered.append(profile)
@@ -183,6 +194,7 @@ def claim_profile(session: Session, profile_id: str, host_id: str, now: float) -
         if profile.state not in ("wanted", "running") or not _may_claim(profile, host_id, now):
             raise Problem(409, UserError("profile.taken", "", profile=profile.id, state=profile.state))
         profile.state, profile.host, profile.sent_at = "running", host_id, now
+        profile.progress, profile.sampled = 0.0, None
         session.add(profile)
     return ProfileOrder(
         id=profile.id,
@@ -196,7 +208,30 @@ def claim_profile(session: Session, profile_id: str, host_id: str, now: float) -
         format=profile.format,
         train_on=profile.train_on,
         multi_turn=profile.multi_turn,
+        num_rows=_num_rows(session, profile),
     )
+
+
+def _num_rows(session: Session, profile: Profile) -> int:
+    """Of the file; 0 where no data set has it any more."""
+    version = session.exec(select(DatasetVersion).where(DatasetVersion.sha256 == profile.data_sha256)).first()
+    return version.num_rows if version is not None else 0
+
+
+def store_progress(
+    session: Session, profile_id: str, host_id: str, *, fraction: float, packed: bytes | None, now: float
+) -> None:
+    """Notes how far the host is that has claimed it, and that it is alive. Raises Problem 404, or 409 when it is
+    another's or done."""
+    profile = session.get(Profile, profile_id)
+    if profile is None:
+        raise not_found("profile", profile_id)
+    if profile.host != host_id or profile.state != "running":
+        raise Problem(409, UserError("profile.taken", "", profile=profile.id, state=profile.state))
+    profile.sent_at = now
+    profile.progress = max(profile.progress or 0.0, fraction)  # messages may overtake each other
+    profile.sampled = packed or profile.sampled
+    session.add(profile)
 
 
 def packed_facts(facts: DataProfile) -> bytes:
@@ -217,6 +252,7 @@ def store_result(
         _keep(profile, packed, now)
     else:
         profile.state, profile.error, profile.ready_at = "failed", error or "no reason was given", now
+        profile.progress, profile.sampled = None, None
     session.add(profile)
 
 
@@ -239,12 +275,42 @@ def store_measured(session: Session, job: Job, dataset: str, packed: bytes, now:
 
 def _keep(profile: Profile, packed: bytes, now: float) -> None:
     profile.state, profile.error, profile.ready_at = "ready", None, now
-    profile.result = packed
+    profile.progress, profile.sampled, profile.result = None, None, packed
 
 
 def read_result(profile: Profile) -> DataProfile:
     assert profile.state == "ready" and profile.result is not None
     return _unpack(profile.result)
+
+
+@dataclass(frozen=True)
+class SampledFacts:
+    """What some rows of a file show, while all of it is still measured."""
+
+    packed: bytes
+    num_rows: int  # of the file
+
+    @property
+    def facts(self) -> DataProfile:
+        """Of the sampled rows alone."""
+        return _unpack(self.packed)
+
+    @property
+    def stretched(self) -> DataProfile:
+        """As if the whole file were of their like."""
+        return _stretch(self.packed, self.num_rows)
+
+
+def read_sampled(session: Session, profile: Profile) -> SampledFacts | None:
+    """None where nothing was sampled, or everything is known."""
+    if profile.sampled is None:
+        return None
+    return SampledFacts(profile.sampled, _num_rows(session, profile))
+
+
+@lru_cache(maxsize=4)
+def _stretch(packed: bytes, num_rows: int) -> DataProfile:
+    return stretch(_unpack(packed), num_rows)
 
 
 @lru_cache(maxsize=4)  # the form asks for the same few, once a keystroke; a million samples are 60 MB here
@@ -253,41 +319,57 @@ def _unpack(result: bytes) -> DataProfile:
 
 
 # -- the plan ------------------------------------------------------------------------------------------------------
-def plan_for(services: Services, spec: JobSpec) -> JobPlan | Wanted:
-    """The job worked out; or, while a host still measures its data, what is being waited for.
-    Raises UserError or UserErrors: a spec that doesn't fit its data or model, data that can't be measured."""
+def plan_for(services: Services, spec: JobSpec, device: Device | None = None) -> JobPlan | Wanted:
+    """The job worked out for `device`, or the likeliest; or, while a host still measures its data, what is being waited
+    for. Raises UserError or UserErrors: a spec that doesn't fit its hosts, model or data, data that can't be
+    measured."""
     refuse_unbuilt(spec)
+    device = device or look_out(services, spec).device
     wanted = want_profiles(services, spec)
     wanted.refuse_failed()
     if not wanted.is_ready:
         return wanted
-    with services.database.read() as session:
-        device = _device(session, wanted.model)
     return plan_job(spec, wanted.data, wanted.model.profile, device, services.planned)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A plan whose data is known by a sample of its rows: of the right size, exact in nothing."""
+
+    plan: JobPlan
+    num_sampled: int  # rows
+    num_rows: int  # of these files
+
+
+def estimate_plan(services: Services, spec: JobSpec, wanted: Wanted) -> Estimate | None:
+    """What `plan_for` will find, about; None as long as nothing is known of some data set, or where no job fits what
+    is known, which only exact numbers may say."""
+    data: dict[str, DataProfile] = {}
+    num_sampled = num_rows = 0
+    with services.database.read() as session:
+        for name, profile in wanted.profiles.items():
+            sampled = read_sampled(session, profile)
+            if profile.state == "ready":
+                data[name] = read_result(profile)
+            elif sampled is not None:
+                data[name] = sampled.stretched
+                num_sampled += sampled.facts.num_rows
+                num_rows += sampled.num_rows
+            else:
+                return None
+    try:
+        device = look_out(services, spec).device
+        plan = plan_job(spec, data, wanted.model.profile, device)
+    except USER_FAULTS:
+        return None
+    return Estimate(plan, num_sampled, num_rows)
 
 
 def plan_if_measured(services: Services, spec: JobSpec) -> JobPlan | None:
     """The same where every profile happens to be there; None where one isn't, and nobody is asked for it."""
+    device = look_out(services, spec).device
     with services.database.read() as session:
         wanted = _find(session, spec)
-        device = _device(session, wanted.model) if wanted.is_ready else None
-    return None if device is None else plan_job(spec, wanted.data, wanted.model.profile, device, services.planned)
-
-
-def refuse_unplannable(services: Services, spec: JobSpec) -> None:
-    """Before a submit, and outside its transaction, for planning takes a while: raises what `plan_for` would where
-    the profiles happen to be there. Where they aren't, nothing is waited for; the trainer finds the same."""
-    plan_if_measured(services, spec)
-
-
-def _device(session: Session, model: KnownModel) -> Device:
-    """The device that a job would most likely get: a GPU of a host that has the model, else a CPU slot."""
-    devices = _devices(session, model.hosts)
-    if not devices:
-        raise UserError("profile.no_device", "model.base", name=model.profile.name)
-    return next((device for device in devices if device.kind == "gpu"), devices[0])
-
-
-def _devices(session: Session, hosts: Sequence[str]) -> list[Device]:
-    rows = (session.get_one(Host, host) for host in hosts)
-    return [device for host in rows for device in HostReport.model_validate(host.report).devices]
+    if not wanted.is_ready:
+        return None
+    return plan_job(spec, wanted.data, wanted.model.profile, device, services.planned)

@@ -31,7 +31,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_BODY_BYTES = 8 * 2**20
 # A data set's measured facts: about 30 MB for a million samples of three trained turns each.
 MAX_PROFILE_BYTES = 64 * 2**20
-PROFILE_PATH = re.compile(rf"{WORKER_PREFIX}/(attempts/[^/]+/\d+/profile|profiles/[^/]+/result)")
+PROFILE_PATH = re.compile(rf"{WORKER_PREFIX}/(attempts/[^/]+/\d+/profile|profiles/[^/]+/(progress|result))")
 STATIC_PREFIX = "/static/"
 
 HEADERS = {

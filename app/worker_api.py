@@ -21,13 +21,22 @@ from app.jobs import JOBS_TOPIC, QUEUE_TOPIC, topic_of
 from app.jobs.adapters import adapter_of
 from app.jobs.attempts import CLAIMED, NotRecorded, StaleFence, beat, check_fence, claim, finish
 from app.problems import Problem, not_found
-from app.profiles import claim_profile, packed_facts, store_measured, store_result, topic_of_profile, wanted_profiles
+from app.profiles import (
+    claim_profile,
+    packed_facts,
+    store_measured,
+    store_progress,
+    store_result,
+    topic_of_profile,
+    wanted_profiles,
+)
 from app.recorder import Batch, record
 from app.services import AnyServices, Services
 from app.tables import ApiToken, ArtifactRow, Attempt, Blob, Host, Job
 from core.errors import UserError
 from core.spec import parse_spec
 from core.states import JobState, Outcome
+from core.trial import as_trial
 from core.wire import (
     HEARTBEAT_S,
     PROTOCOL,
@@ -47,6 +56,7 @@ from core.wire import (
     HostReport,
     MeasuredProfile,
     ProfileOrder,
+    ProfileProgress,
     ProfileResult,
     Recorded,
     Welcome,
@@ -134,6 +144,7 @@ def claim_attempt(job_id: str, number: int, message: Claim, caller: Worker, serv
         resume_from=(job.id, *(job.resume_jobs or [])),
         redis_url=services.settings.redis_url or None,
         acked_seq=attempt.acked_seq,
+        trial=as_trial(job.trial),
     )
 
 
@@ -235,6 +246,18 @@ def post_profile(
 def post_profile_claim(profile_id: str, caller: Worker, services: AnyServices) -> ProfileOrder:
     with services.database.write() as session:
         return claim_profile(session, profile_id, _host_of(session, caller), services.clock())
+
+
+@router.post("/profiles/{profile_id}/progress")
+def post_profile_progress(
+    profile_id: str, message: ProfileProgress, caller: Worker, services: AnyServices
+) -> dict[str, str]:
+    packed = None if message.sampled is None else packed_facts(message.sampled)
+    with services.database.write() as session:
+        host_id = _host_of(session, caller)
+        now = services.clock()
+        store_progress(session, profile_id, host_id, fraction=message.fraction, packed=packed, now=now)
+    return {}
 
 
 @router.post("/profiles/{profile_id}/result")

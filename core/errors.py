@@ -121,6 +121,9 @@ TEXTS: dict[str, str] = {
         "it; choose packing.algorithm best_fit, or raise packing.row_length"
     ),
     # -- host: what no host that has the model can do ------------------------------------------------------------
+    "host.all_alike": N_("what all hosts that could run it have"),
+    "host.likeliest": N_("{host} is the likeliest to take it"),
+    "host.looked_at": N_("to look at only: by itself the job would go to {host} ({device})"),
     "host.no_bitsandbytes": N_(
         "{field} {value} needs bitsandbytes, and no host that has this model has it installed ({hosts}); install it "
         "there and restart the worker, or do without: method.type lora, optimizer.name adamw"
@@ -133,6 +136,7 @@ TEXTS: dict[str, str] = {
         "parallel.zero_stage {value} shards with DeepSpeed, and no host that has this model has it installed "
         "({hosts}); install it there and restart the worker, or set parallel.zero_stage to 0"
     ),
+    "host.starts": N_("it would start on {host} now"),
     "host.together": N_(
         "no single host that has this model offers all that the job asks for ({asked}): {hosts}; ask for less, or "
         "install what is missing"
@@ -562,6 +566,18 @@ TEXTS: dict[str, str] = {
     "profile.failed": N_("{dataset} could not be measured: {error}"),
     "profile.no_device": N_("no host that has the model {name} offers a device; see the page of hosts for the reason"),
     "profile.taken": N_("the profile {profile} is {state} already"),
+    "verdict.host_draining": N_(
+        "the only host that could run it, {host}, is being drained; the job waits until it is back"
+    ),
+    "verdict.host_lacks": N_(
+        "{host} has free devices and the model, but not what this job asks for ({lacks}), so it waits for {hosts}"
+    ),
+    "verdict.host_silent": N_(
+        "the only host that could run it, {host}, was last heard of {minutes} min ago; the job waits until it is back"
+    ),
+    "verdict.hosts_absent": N_(
+        "each host that could run it is silent or draining ({hosts}); the job waits until one is back"
+    ),
     "verdict.lock": N_("the optimisation is locked, and these settings change it: {what}"),
     "verdict.lock_unknown": N_("the optimisation is locked, but cannot be checked: {why}"),
     "verdict.no_bf16": N_(
@@ -611,6 +627,29 @@ TEXTS: dict[str, str] = {
     ),
     "verdict.whole_saves": N_(
         "Whole conversations are {whole:,} tokens; a sample for each turn would be {split:,}, {ratio} times as many."
+    ),
+    # -- knob: what one means for the job at hand -----------------------------------------------------------------
+    "knob.adapter": N_("adapters of rank {rank} train {trained:,} of {total:,} parameters, {share}"),
+    "knob.attention": N_(
+        "in rows of {tokens:,} tokens a device takes {flash} by flash attention, {sdpa} under a dense mask and {eager} "
+        "with scores written out, by estimate"
+    ),
+    "knob.methods": N_(
+        "a device takes {lora} for LoRA, {qlora} for QLoRA and {full} for a full fine-tune, by estimate and with all "
+        "else as it is (ZeRO stage {stage})"
+    ),
+    "knob.moments": N_("optimizer states take {moments} of the {total} that a device needs, by estimate"),
+    "knob.packing": N_(
+        "an epoch computes {slots:,} positions, {efficiency} of them tokens; plain padding, 8 to a batch, would be "
+        "{padded_slots:,}, {padded_efficiency}"
+    ),
+    "knob.warmup": N_(
+        "the rate rises for {warmup_steps:,} of {total_steps:,} steps to {peak}; meanwhile {tokens:,} tokens are seen"
+    ),
+    "knob.zero_fits": N_("stage {stage}: {size} of a device's {device}, {communication}x communication; it fits"),
+    "knob.zero_one_device": N_("with one device nothing is shared out; set parallel.devices to 2 or more to compare"),
+    "knob.zero_too_large": N_(
+        "stage {stage}: {size} of a device's {device}, {communication}x communication; too large"
     ),
     # -- forecast: time, cost, disk and place ---------------------------------------------------------------------
     "forecast.continues": N_("it goes on from the checkpoints of another job, which is not forecast"),

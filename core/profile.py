@@ -203,7 +203,7 @@ class DataProfile(Facts):
     num_tokens_if_split: int | None = None  # of `whole`: what one sample a turn, each with its context, would come to
     # Not in profiles of before duplicates were looked for, nor where a trainer measured on its way.
     duplicates: Duplicates | None = None
-    sample_group: Column | None = None  # the group of rows that its row is alike to, from 1; 0: of none
+    sample_group: Column | None = None  # the group of contents that its row's is nearly equal to, from 1; 0: of none
     sample_sketches: Column | None = None  # two numbers a sample, for comparing with other data sets (core.duplicates)
     preview: tuple[TokenPreview, ...] = ()
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from core.errors import Parameter, Reason
 from core.fix import WARMUPS, Fix, default_warmup, longer_samples
+from core.overlap import find_overlap
 from core.preflight import JobPlan
 
 Level = Literal["warning", "info"]
@@ -43,6 +44,7 @@ def verdict(plan: JobPlan) -> Iterator[Remark]:
         if counts.get(key):
             said = Reason(f"verdict.{key}", {"count": counts[key], "total": counts[total]})
             yield Remark(level, field, said, _fixes(plan, key))
+    yield from _of_overlap(plan)
     yield from _of_warmup(plan)
     device = plan.device
     if device.kind == "gpu" and plan.spec.compute.dtype == "bf16" and not device.has_bf16:
@@ -79,6 +81,20 @@ def _whole(plan: JobPlan) -> tuple[Fix, ...]:
     if longest > plan.model.context_length:
         return ()
     return (longer_samples(longest, plan.settings.row_length if plan.has_own_row_length else None),)
+
+
+def _of_overlap(plan: JobPlan) -> Iterator[Remark]:
+    """Equal rows are counted, nearly equal ones estimated."""
+    overlap = find_overlap(plan.selection)
+    if overlap.count:
+        code = "verdict.validation_overlap" if overlap.num_alike else "verdict.validation_equal"
+        said: dict[str, Parameter] = {
+            "count": overlap.count,
+            "total": overlap.num_rows,
+            "equal": overlap.num_equal,
+            "alike": overlap.num_alike,
+        }
+        yield Remark("warning", "data.validation", Reason(code, said))
 
 
 def _of_warmup(plan: JobPlan) -> Iterator[Remark]:

@@ -117,6 +117,9 @@ class Server:
     def claim_profile(self, profile: str) -> wire.ProfileOrder:
         return self._post(f"/profiles/{profile}/claim", None, wire.ProfileOrder)
 
+    def send_profile_progress(self, profile: str, progress: wire.ProfileProgress) -> None:
+        self._request("POST", f"/profiles/{profile}/progress", json_body=progress)
+
     def send_profile_result(self, profile: str, result: wire.ProfileResult) -> None:
         self._request("POST", f"/profiles/{profile}/result", json_body=result)
 

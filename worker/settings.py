@@ -55,6 +55,7 @@ class WorkerSettings(BaseModel):
     quiet_hang_s: float = 3600.0
     stack_wait_s: float = 3.0  # for the stacks of a hung trainer, before it is killed
     prepare_limit_s: float = 1800.0
+    prepare_tell_s: float = 2.0  # how often the server hears of it, also when nothing is new: silence costs the claim
     inventory_limit_s: float = 1800.0  # the first one hashes every model below the roots
 
     trainer_argv: tuple[str, ...] = TRAINER_ARGV

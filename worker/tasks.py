@@ -22,16 +22,17 @@ from pydantic import ValidationError
 from core import wire
 from core.errors import UserError
 from worker.inputs import Downloads, find_model
-from worker.job_directory import PrepareOrder, write_json
+from worker.job_directory import PREPARE_PROGRESS, PREPARE_SAMPLED, PrepareOrder, write_json
 from worker.output import LineReader
 from worker.processes import child_environment, dying_with_this_process, secrets_in, sweep
-from worker.server import Interrupted, Server, Stale, insist
+from worker.server import Away, Interrupted, Server, Stale, Unknown, insist
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
 _RESULT_PATIENCE_S = 600.0  # how long a result is offered to a server that is away; the server asks again after that
 _TAIL_BYTES = 1 << 14
+_LOOK_S = 0.2  # how often the child is looked at
 
 
 def launch(settings: WorkerSettings, attempt: wire.AttemptRef) -> str:
@@ -85,6 +86,9 @@ def prepare(settings: WorkerSettings, profile: str) -> None:
             return  # someone else has it, or nobody wants it any more
         try:
             result = _measure(settings, server, order)
+        except Stale as error:
+            log.warning("profile %s: given up, it is another's by now: %s", profile, error)
+            return
         except UserError as fault:
             result = wire.ProfileResult(error=str(fault), field=fault.field)
         deadline = time.monotonic() + _RESULT_PATIENCE_S
@@ -119,6 +123,7 @@ def _measure(settings: WorkerSettings, server: Server, order: wire.ProfileOrder)
                 train_on=order.train_on,
                 multi_turn=order.multi_turn,
                 cache_dir=str(settings.cache_dir),
+                num_rows=order.num_rows,
             ),
         )
         mark = f"profile.{order.id}"
@@ -133,7 +138,7 @@ def _measure(settings: WorkerSettings, server: Server, order: wire.ProfileOrder)
                 start_new_session=True,
             )
         try:
-            code = child.wait(timeout=max(0.0, deadline - time.monotonic()))
+            code = _wait_and_tell(child, _Teller(server, order.id, Path(folder), settings.prepare_tell_s), deadline)
         except subprocess.TimeoutExpired:
             raise too_slow from None
         finally:
@@ -143,6 +148,56 @@ def _measure(settings: WorkerSettings, server: Server, order: wire.ProfileOrder)
             return wire.ProfileResult.model_validate_json(result_path.read_bytes())
         except (FileNotFoundError, ValidationError) as error:
             raise UserError("worker.prepare_died", exit_code=code, log=_last_line(log_path)) from error
+
+
+def _wait_and_tell(child: "subprocess.Popen[bytes]", teller: "_Teller", deadline: float) -> int:
+    """The child's exit code. Raises TimeoutExpired at the deadline, Stale when its work is wanted no more."""
+    while True:
+        left_s = deadline - time.monotonic()
+        try:
+            return child.wait(timeout=max(0.0, min(_LOOK_S, left_s)))
+        except subprocess.TimeoutExpired:
+            if left_s <= _LOOK_S:
+                raise
+        teller.tell()
+
+
+class _Teller:
+    """Passes on what the child leaves in its folder: how far it is, every few seconds, and the sample's profile at once
+    and until that has arrived. A server that is away misses some of it, and nothing else."""
+
+    def __init__(self, server: Server, profile: str, folder: Path, every_s: float) -> None:
+        self._server = server
+        self._profile = profile
+        self._folder = folder
+        self._every_s = every_s
+        self._has_told_sample = False
+        self._is_away = False
+        self._tells_at = 0.0
+
+    def tell(self) -> None:
+        """Raises Stale where the profile is not this host's any more."""
+        sampled = None if self._has_told_sample else self._read(PREPARE_SAMPLED)
+        now = time.monotonic()
+        if now < self._tells_at and (sampled is None or self._is_away):
+            return
+        self._tells_at = now + self._every_s
+        self._is_away = False
+        try:
+            self._server.send_profile_progress(
+                self._profile, sampled or self._read(PREPARE_PROGRESS) or wire.ProfileProgress(fraction=0.0)
+            )
+        except (Away, Unknown) as error:  # unknown: a server of before there was progress
+            log.info("profile %s: its progress was not taken: %s", self._profile, error)
+            self._is_away = True
+            return
+        self._has_told_sample = self._has_told_sample or sampled is not None
+
+    def _read(self, name: str) -> wire.ProfileProgress | None:
+        try:
+            return wire.ProfileProgress.model_validate_json((self._folder / name).read_bytes())
+        except FileNotFoundError:
+            return None
 
 
 def _last_line(log: Path) -> str:

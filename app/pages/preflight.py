@@ -8,14 +8,15 @@ from app.forms import FormState, as_text, spec_of_form
 from app.pages.curve_drawing import draw_curve
 from app.pages.environment import translate
 from app.pages.memory_bars import draw_memory
+from app.pages.model_details import model_details
 from app.pages.packing_drawing import packing_context
 from app.pages.spec_texts import spec_texts
 from app.pages.verdict import button_of, lines_of_errors, lines_of_lock, lines_of_plan, lines_of_remarks
-from app.profiles import plan_for
+from app.profiles import Wanted, estimate_plan, plan_for
 from app.services import Services
 from core.errors import TEXTS, USER_FAULTS, Reason
 from core.preflight import JobPlan
-from core.spec import parse_spec
+from core.spec import JobSpec, parse_spec
 from core.verdict import saved_by_whole
 
 OF_HOSTS = ("model.", "profile.")  # errors that end without anything being typed
@@ -28,6 +29,8 @@ def preflight_context(
     context: dict[str, Any] = {
         "state": state,
         "is_profiling": False,
+        "waiting": None,
+        "model": None,
         "may_pass": False,
         "verdict": [],
         "changes": [],
@@ -46,7 +49,7 @@ def preflight_context(
         state = state.with_errors(fault.errors)
         return context | {"state": state, "verdict": lines_of_errors(state), "may_pass": may_pass}
     if not isinstance(plan, JobPlan):
-        return context | {"is_profiling": True}
+        return context | {"is_profiling": True} | _while_waiting(services, spec, plan)
     compared = comparisons(services, plan, spec, origin or Origin())
     forecast = forecast_job(services, plan, spec)
     on_disk = lines_of_remarks(remarks_on_disk(services, forecast, spec))
@@ -56,7 +59,26 @@ def preflight_context(
         "changes": [(each, each.change and button_of(each.change.keeps)) for each in compared],
         "report": _report(plan),
         "curve": draw_curve(plan),
+        "model": model_details(plan.model, spec.model.chat_template),
     }
+
+
+def _while_waiting(services: Services, spec: JobSpec, wanted: Wanted) -> dict[str, Any]:
+    """How far the measuring is, and what a sample of the rows shows meanwhile."""
+    estimate = estimate_plan(services, spec, wanted)
+    shown: dict[str, Any] = {
+        "waiting": {"progress": min(wanted.progress.values(), default=None), "estimate": estimate},
+        "model": model_details(wanted.model.profile, spec.model.chat_template),
+    }
+    if estimate is not None:
+        plan = estimate.plan
+        shown |= {
+            "verdict": lines_of_plan(plan),
+            "report": _report(plan),
+            "curve": draw_curve(plan),
+            "forecast": forecast_job(services, plan, spec),
+        }
+    return shown
 
 
 def _report(plan: JobPlan) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A data set's profile: wanted, ordered from one host, kept by what it depends on; and the plan that comes of it."""
 
+import json
 import random
 import re
 from array import array
@@ -7,14 +8,15 @@ from typing import Any
 
 from httpx2 import Response
 
-from app.profiles import FAILED_KEPT_S, PATIENCE_S, RESEND_S
+from app.profiles import FAILED_KEPT_S, PATIENCE_S, RESEND_S, read_sampled
 from app.security import MAX_BODY_BYTES
+from app.tables import Profile
 from core.preflight import plan_job
 from core.profile import Column, DataProfile, TokenPreview
 from core.spec import parse_spec
-from core.wire import Device, MeasuredProfile, ProfileResult
+from core.wire import Device, MeasuredProfile, ProfileProgress, ProfileResult
 from tests.app.conftest import House
-from tests.app.scene import MODEL, SPEC, FakeHost, connect_host, path_of, put_data, submit
+from tests.app.scene import MODEL, ROW, SPEC, FakeHost, connect_host, path_of, put_data, submit
 from tests.app.test_pages import filled
 
 NUM_ROWS = 64
@@ -64,7 +66,7 @@ def test_a_preflight_is_202_until_a_host_has_measured_the_data_and_then_the_plan
     put_data(house)
     waiting = preflight(house)
     assert waiting.status_code == 202 and waiting.headers["retry-after"] == "1"
-    assert waiting.json() == {"state": "profiling", "profiles": {"sums": "wanted"}}
+    assert waiting.json() == {"state": "profiling", "profiles": {"sums": "wanted"}, "progress": {}}
     (profile,) = orders(host)
     order = host.client.post(f"/worker/v1/profiles/{profile}/claim").json()
     assert (order["model"], order["train_on"], order["data"]["dataset"]) == ("demo/tiny-llama", "assistant", "sums")
@@ -143,6 +145,101 @@ def test_an_order_that_is_not_taken_goes_to_any_host_that_has_the_model(house: H
     house.clock.now += PATIENCE_S  # and what a host took and never answered likewise
     assert orders(asked) == [profile]
     assert claim(asked, profile) == 200
+
+
+def tell(host: FakeHost, profile: str, fraction: float, sampled: DataProfile | None = None) -> int:
+    message = ProfileProgress(fraction=fraction, sampled=sampled)
+    return host.post(f"/profiles/{profile}/progress", message).status_code
+
+
+def test_a_host_tells_how_far_it_is_and_keeps_its_claim_while_it_does(house: House) -> None:
+    host, other = connect_host(house), connect_host(house, "host_b")
+    put_data(house)
+    preflight(house)
+    owner, stranger = (host, other) if orders(host) else (other, host)
+    (profile,) = orders(owner)
+    assert tell(owner, profile, 0.1) == 409, "it was not claimed"
+    assert claim(owner, profile) == 200
+    assert preflight(house).json()["progress"] == {"sums": 0.0}
+    for fraction in (0.25, 0.5, 0.5, 0.4):  # repeated, and late
+        house.clock.now += PATIENCE_S - 1
+        assert tell(owner, profile, fraction) == 200
+        assert orders(stranger) == []
+    assert preflight(house).json()["progress"] == {"sums": 0.5}
+    assert tell(stranger, profile, 0.9) == 409
+    assert stranger.client.post("/worker/v1/profiles/nothing/progress", json={"fraction": 0.5}).status_code == 404
+    assert owner.client.post(f"/worker/v1/profiles/{profile}/progress", json={"fraction": 1.5}).status_code == 422
+    house.clock.now += PATIENCE_S
+    assert claim(stranger, profile) == 200, "silent for so long, it has lost the claim"
+    assert tell(owner, profile, 0.9) == 409
+    assert preflight(house).json()["progress"] == {"sums": 0.0}
+
+
+def test_a_sample_is_no_answer_and_goes_when_the_exact_one_comes(house: House) -> None:
+    host = connect_host(house)
+    put_data(house, content=ROW * 9000)
+    preflight(house)
+    (profile,) = orders(host)
+    order = host.client.post(f"/worker/v1/profiles/{profile}/claim").json()
+    assert order["num_rows"] == 9000
+    assert tell(host, profile, 0.0, facts(100)) == 200
+    assert tell(host, profile, 0.3) == 200
+    waiting = preflight(house)
+    assert waiting.status_code == 202
+    assert waiting.json() == {"state": "profiling", "profiles": {"sums": "running"}, "progress": {"sums": 0.3}}
+    view = house.api("bob").get("/api/v1/datasets/sums/profile?model=demo/tiny-llama")
+    assert view.status_code == 202 and view.json()["progress"] == {"sums": 0.3}
+    # 1,000 steps of warm-up don't fit what is known by the sample; it may refuse nothing.
+    accepted = house.api("bob").post("/api/v1/jobs", json={"spec": SPEC | {"schedule": {"warmup_steps": 100_000}}})
+    assert accepted.status_code == 201
+    with house.services.database.read() as session:
+        row = session.get_one(Profile, profile)
+        sampled = read_sampled(session, row)
+    assert sampled is not None and sampled.num_rows == 9000
+    assert sampled.facts == facts(100) and sampled.stretched.num_rows == 9000
+    host.post(f"/profiles/{profile}/result", ProfileResult(profile=facts(9000)))
+    assert tell(host, profile, 0.9) == 409
+    with house.services.database.read() as session:
+        row = session.get_one(Profile, profile)
+    assert (row.state, row.sampled, row.progress) == ("ready", None, None)
+    assert preflight(house).json()["samples"] > 8000
+
+
+def test_the_panel_shows_a_samples_numbers_as_estimates_and_then_the_exact_ones(house: House) -> None:
+    host = connect_host(house)
+    put_data(house, content=ROW * 9000)
+    browser = house.browser("bob")
+
+    def panel(**changed: str) -> str:
+        sent = filled(browser, **{key.replace("__", "."): value for key, value in changed.items()})
+        return browser.post("/jobs/preflight", data=sent, headers={"HX-Request": "true"}).text
+
+    assert "Measuring the data" in panel()
+    (profile,) = orders(host)
+    assert claim(host, profile) == 200
+    assert tell(host, profile, 0.4, facts(100)) == 200
+    about = panel()
+    assert "from 100 of 9,000 rows" in about and "exact numbers follow" in about
+    assert 'hx-trigger="every 1s"' in about, "it asks again"
+    assert re.search(r'<progress [^>]*value="0\.4"', about)
+    assert "Ready to launch" not in about
+    steps = re.search(r"<dt>Steps</dt><dd>(?:about )?([\d,]+)", about)
+    assert steps is not None and int(steps[1].replace(",", "")) > 100, "of 9,000 rows, not of 100"
+    # What doesn't fit a sample is no error yet.
+    assert "Measuring the data" in panel(schedule__warmup="warmup_steps", schedule__warmup_steps="100000")
+    host.post(f"/profiles/{profile}/result", ProfileResult(profile=facts(9000)))
+    exact = panel()
+    assert "exact numbers follow" not in exact and "every 1s" not in exact
+    assert "<dt>Steps</dt>" in exact
+
+
+def test_a_profile_of_an_earlier_release_still_loads() -> None:
+    old = json.loads(facts().model_dump_json())
+    for name in ("duplicates", "sample_group", "sample_sketches", "num_new_tokens"):
+        old.pop(name)
+    for name in ("ids", "special", "num_trained", "num_turns"):
+        old["preview"][0].pop(name)
+    assert DataProfile.model_validate(old) == facts()
 
 
 def test_data_that_cannot_be_measured_is_told_and_tried_again_later(house: House) -> None:

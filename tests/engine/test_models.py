@@ -146,3 +146,40 @@ def test_a_broken_config_is_named(root: Path) -> None:
     for content, code in (("{", "model.broken_file"), ("[]", "model.broken_file"), ("{}", "model.no_number")):
         config.write_text(content)
         assert refusal(root / "second").code == code
+
+
+@pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [a]\n---\n# A model\n", "apache-2.0"),
+        ("---\r\nlicense: other\r\nlicense_name: llama3.1\r\n---\r\ntext", "llama3.1"),
+        ("---\nlicense: other\n---", "other"),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", "mit, apache-2.0"),
+        ("---\nlicense: 7\n---\n", None),
+        ("---\nlicense: {broken\n---\n", None),
+        ("---\n- license\n---\n", None),
+        ("---\nlicense: mit\n", None),  # which never ends
+        ("# license: mit\n", None),
+        ("---\nlicense: " + "x" * 500 + "\n---\n", "x" * 100),
+        (None, None),
+    ],
+)
+def test_the_licence_is_the_model_cards(root: Path, card: str | None, license: str | None) -> None:
+    folder = root / "second"
+    if card is not None:
+        (folder / "README.md").write_bytes(card.encode())
+    assert profile_model(folder, "second").license == license
+
+
+def test_without_a_card_the_licence_is_the_configs_and_the_tokenizers_class_its_files(root: Path) -> None:
+    folder = root / "second"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"license": "gemma"}))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "chat_template": "{{ 1 }}"}')
+    profile = profile_model(folder, "second")
+    assert (profile.license, profile.tokenizer, profile.has_chat_template) == ("gemma", "Qwen2Tokenizer", True)
+    (folder / "tokenizer_config.json").write_text("[]")
+    assert (profile_model(folder, "second").tokenizer, profile_model(folder, "second").has_chat_template) == (
+        None,
+        False,
+    )

@@ -71,6 +71,8 @@ class Ledger:
         self.knows_host = True
         self.profile_orders: dict[str, wire.ProfileOrder] = {}
         self.profile_results: dict[str, wire.ProfileResult] = {}
+        self.profile_progress: list[wire.ProfileProgress] = []
+        self.on_progress: Callable[[wire.ProfileProgress], None] = lambda message: None  # may raise the answer
         self.requests: list[str] = []
         self.cut_blob_after: int | None = None  # bytes after which a download breaks off, once
         self._lock = threading.Lock()
@@ -284,6 +286,13 @@ class Ledger:
             if order is None:
                 raise HTTPException(409, "claimed already")
             return order
+
+        @router.post("/profiles/{profile}/progress")
+        def profile_progress(request: Request, profile: str, message: wire.ProfileProgress) -> dict[str, str]:
+            allow(request)
+            self.profile_progress.append(message)
+            self.on_progress(message)
+            return {}
 
         @router.post("/profiles/{profile}/result")
         def profile_result(request: Request, profile: str, message: wire.ProfileResult) -> dict[str, str]:

@@ -1,8 +1,10 @@
+import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fastapi import HTTPException
 
 from core import wire
 from tests.worker.conftest import Host
@@ -15,7 +17,10 @@ from worker.processes import marked
 @pytest.fixture
 def prepare_host(make_host: Callable[..., Host], ledger: Ledger) -> Host:
     return make_host(
-        ledger, prepare_argv=(sys.executable, str(Path(__file__).with_name("script_prepare.py"))), prepare_limit_s=3.0
+        ledger,
+        prepare_argv=(sys.executable, str(Path(__file__).with_name("script_prepare.py"))),
+        prepare_limit_s=3.0,
+        prepare_tell_s=0.1,
     )
 
 
@@ -28,11 +33,17 @@ def prepare(host: Host, content: bytes, model: str = "demo/tiny-llama") -> wire.
         format="messages",
         train_on="assistant",
         multi_turn="auto",
+        num_rows=9000,
     )
     host.ledger.profile_orders["p1"] = order
     tasks.prepare(host.settings, "p1")
     assert not list(host.settings.worker_dir.glob("prepare-*")), "its folder is gone"
     return host.ledger.profile_results["p1"]
+
+
+def go_on(host: Host, content: bytes) -> None:
+    """To the stand-in, once it has told what it tells."""
+    (host.settings.blobs_dir / f"{hashlib.sha256(content).hexdigest()}.go").touch()
 
 
 def test_a_profile_is_measured_and_posted(prepare_host: Host) -> None:
@@ -61,6 +72,49 @@ def test_a_child_that_crashes_is_told_with_its_last_line(prepare_host: Host) -> 
 def test_a_child_that_takes_too_long_is_ended_with_all_it_started(prepare_host: Host) -> None:
     assert "longer than" in prepare(prepare_host, b"hang").error
     assert marked("profile.p1") == []
+
+
+def test_the_server_hears_of_the_sample_at_once_and_of_the_progress_behind_it(prepare_host: Host) -> None:
+    ledger = prepare_host.ledger
+
+    def hear(message: wire.ProfileProgress) -> None:
+        if message.fraction > 0:
+            go_on(prepare_host, b"slow")
+
+    ledger.on_progress = hear
+    result = prepare(prepare_host, b"slow")
+    assert result.profile is not None and result.profile.num_rows == 9000
+    (with_sample,) = [message for message in ledger.profile_progress if message.sampled is not None]
+    assert with_sample.sampled is not None and with_sample.sampled.num_rows == 1
+    assert ledger.profile_progress[-1].fraction == 0.5
+
+
+def test_what_the_server_missed_of_the_sample_is_told_again(prepare_host: Host) -> None:
+    ledger = prepare_host.ledger
+    answers = iter([503, 404])  # away; of before there was progress
+
+    def hear(message: wire.ProfileProgress) -> None:
+        if message.sampled is None:
+            return
+        if status := next(answers, None):
+            raise HTTPException(status, "not now")
+        go_on(prepare_host, b"slow")
+
+    ledger.on_progress = hear
+    assert prepare(prepare_host, b"slow").profile is not None
+    assert sum(message.sampled is not None for message in ledger.profile_progress) == 3
+
+
+def test_a_profile_that_another_host_has_by_now_is_given_up(prepare_host: Host) -> None:
+    def hear(message: wire.ProfileProgress) -> None:
+        raise HTTPException(409, "another's")
+
+    prepare_host.ledger.on_progress = hear
+    with pytest.raises(KeyError):
+        prepare(prepare_host, b"slow")
+    assert len(prepare_host.ledger.profile_progress) == 1
+    assert marked("profile.p1") == []
+    assert not list(prepare_host.settings.worker_dir.glob("prepare-*"))
 
 
 def test_a_model_that_is_not_here_is_named(prepare_host: Host) -> None:

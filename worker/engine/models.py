@@ -13,11 +13,13 @@ import hashlib
 import json
 import logging
 import math
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoConfig
@@ -31,9 +33,12 @@ log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 MAX_CONFIG_BYTES = 4 * 2**20
+MAX_FRONT_MATTER_BYTES = 64 * 2**10
+MAX_NAME_CHARACTERS = 100  # of a licence or a class
 MAX_DEPTH = 4  # folders below a root: org/name, and room for one more grouping
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 # Where the families keep their context, the first that is there: most, GPT-2, MPT, others of that time.
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 # What transformers saves of a tokenizer.
@@ -156,6 +161,8 @@ def profile_model(path: Path, name: str, cache: HashCache | None = None) -> Mode
         tokenizer_bytes=sum(file.stat().st_size for name in TOKENIZER_FILES if (file := path / name).is_file()),
         shape=shape,
         quantisation=_quantisation(config),
+        license=_license(path, config),
+        tokenizer=_text_of(_tokenizer_config(path), "tokenizer_class"),
     )
 
 
@@ -252,11 +259,48 @@ def _dtype(tensors: dict[str, TensorHeader]) -> str:
 def _has_chat_template(path: Path) -> bool:
     if (path / "chat_template.jinja").is_file() or (path / "chat_template.json").is_file():
         return True
+    return bool(_tokenizer_config(path).get("chat_template"))
+
+
+def _tokenizer_config(path: Path) -> dict[str, object]:
+    """Nothing where there is none that can be read: the tokenizer itself says what is wrong when it is used."""
     file = path / "tokenizer_config.json"
     if not file.is_file() or file.stat().st_size > MAX_CONFIG_BYTES:
-        return False
+        return {}
     try:
         config = json.loads(file.read_bytes())
     except ValueError:
-        return False
-    return isinstance(config, dict) and bool(config.get("chat_template"))
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _license(path: Path, config: dict[str, object]) -> str | None:
+    """Of the model card's front matter, where `other` has a name beside it, else of the config; None: unknown."""
+    card = _front_matter(path / "README.md")
+    found = _text_of(card, "license")
+    if found == "other":
+        found = _text_of(card, "license_name") or found
+    return found or _text_of(config, "license")
+
+
+def _front_matter(file: Path) -> dict[str, object]:
+    """The YAML between the two lines of dashes that a model card begins with; nothing where there is none."""
+    if not file.is_file():
+        return {}
+    with file.open("rb") as content:
+        text = content.read(MAX_FRONT_MATTER_BYTES).decode("utf-8", "replace")
+    match = FRONT_MATTER.match(text)
+    try:
+        values = yaml.safe_load(match[1]) if match else None
+    except (yaml.YAMLError, ValueError) as problem:  # a date that is none is a ValueError
+        log.info("the front matter of %s is not read: %s", file, problem)
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _text_of(values: dict[str, object], key: str) -> str | None:
+    """A text, or the texts of a list, as far as a page has room for them."""
+    value = values.get(key)
+    texts = [part for part in value if isinstance(part, str)] if isinstance(value, list) else [value]
+    text = ", ".join(part.strip() for part in texts if isinstance(part, str))
+    return text[:MAX_NAME_CHARACTERS] or None

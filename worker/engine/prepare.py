@@ -12,7 +12,8 @@ The parent stays small. It waits and writes the result: the child's own, or the 
 child died of. The child dies with its parent.
 
 ORDER.json is a `worker.job_directory.PrepareOrder`, RESULT.json a `core.wire.ProfileResult`. Whoever started this
-limits its wall time.
+limits its wall time. Beside the result the child leaves word of how far it is, and of a large file first what a sample
+of its rows shows.
 """
 
 import os
@@ -20,19 +21,22 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.errors import UserError
 from core.profile import DataProfile, TokenPreview
-from core.wire import ProfileResult
+from core.wire import ProfileProgress, ProfileResult
 from worker import dies_with_parent
-from worker.job_directory import PrepareOrder, write_json
+from worker.job_directory import PREPARE_PROGRESS, PREPARE_SAMPLED, PrepareOrder, write_json
 
-# The parent needs neither, and each takes a second.
+# The parent needs none of them, and each takes a second.
 if TYPE_CHECKING:
+    from worker.engine.data import Reading
     from worker.engine.samples import MeasuredSet
     from worker.engine.tokenizer import HfChatTokenizer
 
@@ -42,6 +46,9 @@ CPU_S = 1800
 MEMORY_BYTES = 16 * 2**30
 NUM_PREVIEWED = 20  # rows
 MAX_PREVIEWED_TOKENS = 4096  # of one sample
+MOST_UNTRAINED_PREVIEWED = 3  # samples without a trained token that come further behind
+TOKENISING_SHARE = 0.85  # of the work, as measured; the rest is looking for duplicates
+PROGRESS_EVERY_S = 1.0
 
 CHILD_ENVIRONMENT = {
     # Each thread's heap reserves 64 MB of addresses, which would count against the limit.
@@ -90,7 +97,7 @@ def measure(order_path: Path, result_path: Path) -> None:
 
     limit_process()
     try:
-        result = ProfileResult(profile=measure_profile(order))
+        result = ProfileResult(profile=measure_profile(order, Told(result_path.parent)))
     except UserError as error:
         result = _refusal(error)
     except MemoryError:
@@ -98,40 +105,96 @@ def measure(order_path: Path, result_path: Path) -> None:
     write_json(result_path, result)
 
 
-def measure_profile(order: PrepareOrder) -> DataProfile:
-    from worker.engine.data import Reading
+class Told:
+    """What others are told while this works, in files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._told_at = time.monotonic()
+
+    def tell_sample(self, profile: DataProfile) -> None:
+        write_json(self._folder / PREPARE_SAMPLED, ProfileProgress(fraction=0.0, sampled=profile))
+
+    def tell(self, fraction: float) -> None:
+        if time.monotonic() - self._told_at >= PROGRESS_EVERY_S:
+            write_json(self._folder / PREPARE_PROGRESS, ProfileProgress(fraction=fraction))
+            self._told_at = time.monotonic()
+
+
+def measure_profile(order: PrepareOrder, told: Told) -> DataProfile:
+    from core.sampled import LEAST_ROWS
+    from worker.engine.data import Reading, cache_key
     from worker.engine.data import measure as measure_file
+    from worker.engine.duplicates import with_duplicates
     from worker.engine.token_cache import TokenCache
     from worker.engine.tokenizer import HfChatTokenizer
 
     tokenizer = HfChatTokenizer.load(Path(order.model_path), order.chat_template, limited_rendering)
     reading = Reading(order.format, order.train_on, order.multi_turn)
     cache = TokenCache(Path(order.cache_dir)) if order.cache_dir else None
+    is_known = cache is not None and cache.holds(cache_key(order.data, tokenizer, reading))
+    if order.num_rows >= LEAST_ROWS and not is_known:
+        sampled = measure_sample(order, tokenizer, reading)
+        if sampled is not None:
+            told.tell_sample(sampled)
     # The limits on a rendering are the process's: no other thread may spend them.
-    measured = measure_file(order.data, tokenizer, reading, cache=cache, is_ahead=False)
+    measured = measure_file(
+        order.data,
+        tokenizer,
+        reading,
+        lambda done, total: told.tell(TOKENISING_SHARE * done / total),
+        cache=cache,
+        is_ahead=False,
+    )
+    profile = with_duplicates(
+        measured,
+        Path(order.data.path),
+        lambda done, total: told.tell(TOKENISING_SHARE + (1 - TOKENISING_SHARE) * done / total),
+    )
+    return profile.model_copy(update={"preview": preview(measured, tokenizer)})
+
+
+def measure_sample(order: PrepareOrder, tokenizer: "HfChatTokenizer", reading: "Reading") -> DataProfile | None:
+    """Of rows spread over the file; None where none of them is good, which reading all of it says better."""
+    from core.sampled import spread_rows
+    from worker.engine.data import read_samples
+
+    only = frozenset(spread_rows(order.num_rows).tolist())
+    try:
+        measured = read_samples(Path(order.data.path), tokenizer, reading, is_ahead=False, only=only)
+    except UserError:
+        return None
     return measured.profile.model_copy(update={"preview": preview(measured, tokenizer)})
 
 
 def preview(measured: "MeasuredSet", tokenizer: "HfChatTokenizer") -> tuple[TokenPreview, ...]:
-    """The first rows as the model sees them; of a row that became several samples the last, which holds most."""
+    """The first rows as the model sees them, of a row that became several samples the last, which holds most; and the
+    first samples behind those in which nothing is trained."""
+    profile = measured.profile
     last_of_row: dict[int, int] = {}
-    for index, row in enumerate(measured.profile.sample_row):
+    for index, row in enumerate(profile.sample_row):
         if row not in last_of_row and len(last_of_row) == NUM_PREVIEWED:
             break
         last_of_row[row] = index
-    previews = []
-    for index in last_of_row.values():
-        token_ids, trained = measured.samples.sample(index)
-        shown = token_ids[:MAX_PREVIEWED_TOKENS].tolist()
-        previews.append(
-            TokenPreview(
-                line=measured.samples.line(index),
-                pieces=tokenizer.pieces(shown),
-                trained=tuple(trained[: len(shown)].tolist()),
-                num_hidden=len(token_ids) - len(shown),
-            )
-        )
-    return tuple(previews)
+    shown = [*last_of_row.values()]
+    untrained = (index for index, trained in enumerate(profile.sample_trained) if not trained and index > shown[-1])
+    shown += islice(untrained, MOST_UNTRAINED_PREVIEWED)
+    return tuple(_preview(measured, tokenizer, index) for index in shown)
+
+
+def _preview(measured: "MeasuredSet", tokenizer: "HfChatTokenizer", index: int) -> TokenPreview:
+    token_ids, trained = measured.samples.sample(index)
+    shown = token_ids[:MAX_PREVIEWED_TOKENS].tolist()
+    return TokenPreview(
+        line=measured.samples.line(index),
+        pieces=tokenizer.pieces(shown),
+        trained=tuple(trained[: len(shown)].tolist()),
+        num_hidden=len(token_ids) - len(shown),
+        ids=tuple(shown),
+        special=tokenizer.are_special(shown),
+        num_trained=measured.profile.sample_trained[index],
+        num_turns=measured.profile.sample_turns[index],
+    )
 
 
 def limit_process() -> None:

@@ -68,6 +68,9 @@ class TokenCache:
         self._evict()
         return found
 
+    def holds(self, key: str) -> bool:
+        return (self._folder / key / INDEX).exists()
+
     @contextmanager
     def _making(self, key: str) -> Iterator[None]:
         with (self._folder / f".lock-{key}").open("ab") as lock:

@@ -214,6 +214,9 @@ class HfChatTokenizer:
             context, begin = begin, end
         return tuple(pieces)
 
+    def are_special(self, token_ids: Sequence[int]) -> tuple[bool, ...]:
+        return tuple(token in self._special_ids for token in token_ids)
+
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._rust.decode(token_ids, skip_special_tokens=False)
 

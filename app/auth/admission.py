@@ -30,7 +30,9 @@ from core.wire import WORKER_PREFIX
 
 # Matched against the path that the router matches, not a route's template, which lacks the prefix of an including one.
 PUBLIC = re.compile(r"/login(/[^/]+)?|/healthz|/readyz")
-VIEWER_MAY_POST = re.compile(r"/logout|/settings/password|(/api/v1)?/jobs/preflight|/api/v1/jobs/[^/]+/clone")
+VIEWER_MAY_POST = re.compile(
+    r"/logout|/settings/password|(/api/v1)?/jobs/preflight|/knobs/[a-z]+|/api/v1/jobs/[^/]+/clone"
+)
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 

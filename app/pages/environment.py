@@ -22,6 +22,7 @@ from jinja2.runtime import Context
 
 from app.auth.caller import Caller
 from app.forms import CONTROLS
+from app.knobs import OF_INPUT, TITLES
 from app.pages import format
 from app.vendor import ROOT, VENDOR
 from core.errors import Reason, UserError
@@ -34,6 +35,9 @@ FORMATS: tuple[Callable[..., str], ...] = (
     format.loss,
     format.rate,
     format.duration,
+    format.hours,
+    format.money,
+    format.deviation,
     format.moment,
     format.iso,
     format.short_hash,
@@ -117,6 +121,7 @@ def build_templates() -> Jinja2Templates:
     # For texts of core, which are no templates: a percent sign in them stands for itself.
     environment.filters["translate"] = translate
     environment.globals.update(static=static, path_to=path_to, DASH=format.DASH, CONTROLS=CONTROLS)
+    environment.globals.update(KNOB_OF_INPUT=OF_INPUT, KNOB_TITLES=TITLES)
     environment.globals["ui"] = environment.get_template("parts.html").module
     return Jinja2Templates(env=environment, context_processors=[frame_context])
 

@@ -47,7 +47,7 @@ check: setup ## Formatting, lints, types, the contracts between rooms
 
 # Short forms; docs/benchmarks.md names the long ones and those for a GPU.
 BENCHES := "packing --short" "throughput --short --without-mixes" "preprocess --conversations 500 --pairs 1" \
-	"attention --lengths 512 2048 --rounds 1" "memory --layers 2" "communication --short"
+	"attention --lengths 512 2048 --rounds 1" "memory --layers 2" "communication --short" "preflight --short"
 
 bench: setup ## Run every benchmark that needs no GPU, in its short form
 	@for bench in $(BENCHES); do echo "== bench.$$bench"; $(BIN)/python -m bench.$$bench || exit 1; echo; done

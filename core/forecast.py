@@ -146,6 +146,7 @@ class Place(BaseModel):
 
     position: int | None  # in the queue, from 1; None: it starts at once
     host: str | None  # by its name: where it would start, or the likeliest to take it
+    host_id: str | None
     why: Reason
 
 

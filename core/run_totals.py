@@ -8,12 +8,14 @@ MOST_STEPS = 1000
 MOST_SAMPLES = 1 << 14
 
 
-def run_totals(plan: JobPlan, first: int = 1, last: int | None = None) -> RunTotals:
+def run_totals(
+    plan: JobPlan, first: int = 1, last: int | None = None, *, most_samples: int = MOST_SAMPLES
+) -> RunTotals:
     """Of the steps `first` to `last` of a run, or to its last one."""
     last = plan.total_steps if last is None else last
     num_steps = last - first + 1
     samples_of_step = len(plan.run.epoch_plan(1).order) / plan.run.steps_per_epoch
-    if num_steps > MOST_STEPS or num_steps * samples_of_step > MOST_SAMPLES:
+    if num_steps > MOST_STEPS or num_steps * samples_of_step > most_samples:
         return _from_epoch(plan, num_steps)
     rows = tokens = trained_tokens = slots = 0
     for number in range(first, last + 1):

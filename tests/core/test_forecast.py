@@ -216,7 +216,7 @@ def test_hours_are_of_all_devices_and_cost_what_a_gpu_hour_does() -> None:
         num_devices=4,
         price=2.5,
         currency="EUR",
-        place=Place(position=None, host="ada", why=why),
+        place=Place(position=None, host="ada", host_id="host_a", why=why),
         totals=totals,
         steps_per_epoch=1,
         planned_peak_bytes=None,

@@ -2,7 +2,6 @@
 
 import pytest
 
-from core import run_totals as module
 from core.run_totals import run_totals
 from tests.core.test_preflight import lengths_of, plan_of, profile
 
@@ -38,11 +37,10 @@ def test_a_part_of_a_run_is_added_up_by_itself_and_of_totals_alone_it_is_an_esti
     assert run_totals(plan, 6).steps == 0
 
 
-def test_of_a_long_run_the_first_epoch_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_long_run_the_first_epoch_stands_for_all() -> None:
     plan = plan_of(profile(LENGTHS), schedule={"epochs": 3.0})
     exact = run_totals(plan)
-    monkeypatch.setattr(module, "MOST_SAMPLES", 100)
-    estimate = run_totals(plan)
+    estimate = run_totals(plan, most_samples=100)
     assert exact.is_exact and not estimate.is_exact
     assert (estimate.steps, estimate.tokens, estimate.trained_tokens) == (
         exact.steps,

@@ -25,6 +25,7 @@ class Measured:
     steps: int = 0
     tokens: int = 0
     slots: int = 0
+    rows: int = 0
     trained_tokens: int = 0
     step_s: float = 0.0
     wait_s: float = 0.0
@@ -52,6 +53,8 @@ class Run:
     phase: str = "start"
     spec: JobSpec | None = None  # as far as it is resolved
     plan_fields: dict[str, Any] = field(default_factory=dict)
+    plan: JobPlan | None = None  # that its steps are made by
+    first_step: int = 1  # of those that this process makes
     progress: Progress = field(default_factory=Progress)
     saved_step: int = 0  # of the newest checkpoint that stands
     saved_at: float = field(default_factory=time.monotonic)

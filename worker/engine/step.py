@@ -117,6 +117,7 @@ def note_step(run: Run, ready: Ready, work: StepWork, made: Made, *, learning_ra
     measured.steps += 1
     measured.tokens += layout.tokens
     measured.slots += layout.slots
+    measured.rows += layout.rows
     measured.trained_tokens += work.num_targets
     measured.step_s += made.seconds
     measured.wait_s += wait_s

@@ -42,7 +42,9 @@ from core import events
 from core.errors import UserError
 from core.packing import sample_hash
 from core.peaks import peak_flops
+from core.placement import standing_for_all
 from core.preflight import JobPlan, plan_job
+from core.run_totals import run_totals
 from core.schedule import lr_at
 from core.spec import JobSpec, batch_key, parse_spec
 from core.unbuilt import refuse_unbuilt
@@ -53,10 +55,11 @@ from worker.engine.batches import Ahead, make_batch, steps_from
 from worker.engine.begun import plan_as_begun
 from worker.engine.checkpoint import Manifest, NoSpace, Progress
 from worker.engine.data import Corpus, load_corpus
-from worker.engine.device import find_device, standing_for_all
+from worker.engine.device import find_device
 from worker.engine.emit import Emitter, NoEmitter
 from worker.engine.ending import culprits_outcome, outcome_of, write_first
 from worker.engine.evaluate import answer, evaluate
+from worker.engine.held import held_to
 from worker.engine.learner import Learner, Replica
 from worker.engine.loading import load_model, try_out
 from worker.engine.model import LanguageModel, Warn
@@ -167,6 +170,7 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     run.plan_fields = {
         **plan.plan_event(),
         **report_weights(model.model).plan_event(),
+        "totals": run_totals(plan).model_dump(),
         "attention": model.attention,
         "attention_reason": model.attention_reason,
     }
@@ -193,6 +197,7 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     if inputs.trial is not None:
         make_trial(run, ready, inputs.trial)
         return
+    run.plan = plan
     make_steps(run, ready)
 
     # Result: saved, opened again, compared.
@@ -354,6 +359,7 @@ def resume(run: Run, ready: Ready, path: Path, manifest: Manifest) -> None:
             "drawn anew: a like run, but not the same",
         )
     run.progress = progress
+    run.first_step = progress.step + 1
     run.saved_step = progress.step if path.parent == run.checkpoints.resolve() else 0
     log.info("resumed from %s", path)
 
@@ -556,6 +562,7 @@ def _end(run: Run, began: float) -> int:
             "seconds": time.monotonic() - began,
             "progress": run.progress.model_dump(mode="json"),
         },
+        "held_to": held_to(run, time.monotonic() - began),
         "outcome": outcome.model_dump(mode="json"),
     }
     write_atomically(run.directory / "report.json", json.dumps(report, ensure_ascii=False, indent=1).encode())

@@ -10,10 +10,12 @@ A device is taken by the job that the database says holds it, and by an attempt 
 though the job has moved on: its trainer is about to be killed, but until then its memory is not free.
 """
 
+import json
 import logging
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Literal
 
 from sqlmodel import Session, col, select
@@ -22,7 +24,9 @@ from app.jobs.attempts import dispatch
 from app.jobs.moves import JOBS_TOPIC, QUEUE_TOPIC, topic_of
 from app.services import Services
 from app.tables import Attempt, Host, Job
+from core.needs import features_of, needs_of
 from core.scheduling import Assigned, HostOffer, QueuedJob, Waiting, assign
+from core.spec import parse_spec
 from core.states import ON_A_HOST, JobState
 from core.wire import HOST_FRESH_S, PROTOCOL, AttemptRef, HostBeat, HostReport
 
@@ -58,8 +62,8 @@ def dispatch_once(services: Services) -> list[AttemptRef]:
     now = services.clock()
     with services.database.read() as session:
         jobs = {job.id: job for job in session.exec(select(Job).where(Job.state == JobState.QUEUED.value))}
-        ready = [_queued_job(job) for job in jobs.values() if job.not_before is None or job.not_before <= now]
-        offers = list(_offers(session, now)) if ready else []
+        ready = [queued_job(job) for job in jobs.values() if job.not_before is None or job.not_before <= now]
+        offers = list(offers_of_hosts(session, now)) if ready else []
     launched: list[AttemptRef] = []
     waiting: list[Waiting] = []
     for decision in assign(ready, offers):
@@ -71,7 +75,7 @@ def dispatch_once(services: Services) -> list[AttemptRef]:
     return launched
 
 
-def _queued_job(job: Job) -> QueuedJob:
+def queued_job(job: Job) -> QueuedJob:
     return QueuedJob(
         id=job.id,
         priority=job.priority,
@@ -79,10 +83,16 @@ def _queued_job(job: Job) -> QueuedJob:
         num_ranks=job.spec["parallel"]["devices"],
         model=job.spec["model"]["base"],
         host_pinned=job.pinned_host,
+        needs=_needs_of(json.dumps(job.spec)),
     )
 
 
-def _offers(session: Session, now: float) -> Iterator[HostOffer]:
+@lru_cache(maxsize=4096)  # a queue is looked at each second
+def _needs_of(spec: str) -> frozenset[str]:
+    return frozenset(need.feature for need in needs_of(parse_spec(json.loads(spec))))
+
+
+def offers_of_hosts(session: Session, now: float) -> Iterator[HostOffer]:
     hosts = session.exec(select(Host)).all()
     beats = {host.id: HostBeat.model_validate(host.beat or {}) for host in hosts}
     taken = _taken_devices(session, beats)
@@ -100,7 +110,7 @@ def _offers(session: Session, now: float) -> Iterator[HostOffer]:
             free_devices=tuple(free),
             models=frozenset(model.name for model in report.models),
             num_cpus=report.num_cpus,
-            features=frozenset({"gpu"}) if kind == "gpu" else frozenset(),
+            features=features_of(report),
             reaches_hub=report.reaches_hub,
             accepts=takes_work and now - host.beat_at < HOST_FRESH_S,
         )

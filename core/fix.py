@@ -64,9 +64,50 @@ def fixes_of(error: UserError) -> tuple[Fix, ...]:  # noqa: PLR0911 - a table
             return ({"data.overlong": "split"},)
         case "plan.compile_on_cpu":
             return ({"compute.compile": False},)
-        case "plan.flex_on_cpu":
+        case "plan.flex_on_cpu" | "engine.attention_refused":
             return ({"compute.attention": "auto"},)
+        case "plan.offload_on_cpu" | "host.no_compiler" | "zero.cpu_adam":
+            return ({"parallel.offload": "none"},)
+        case _ if error.code.startswith(("zero.", "engine.", "host.")):
+            return _fixes_of_ways(error)
     return ()
+
+
+def _fixes_of_ways(error: UserError) -> tuple[Fix, ...]:  # noqa: PLR0911 - a table
+    """Of what a stage, a method or a host cannot do."""
+    said: Any = error.parameters
+    match error.code:
+        case "zero.offload_stage":
+            return ({"parallel.zero_stage": "auto"}, {"parallel.offload": "none"})
+        case "zero.offload_params":
+            return ({"parallel.offload": "optimizer"}, {"parallel.zero_stage": 3})
+        case "zero.fp16":
+            return ({"compute.dtype": "auto"}, {"compute.dtype": "bf16"})
+        case "zero.qlora" | "zero.experts" | "zero.vision" | "zero.new_tokens" | "zero.expert_modules":
+            return ({"parallel.zero_stage": "auto"}, {"parallel.zero_stage": 2})
+        case "engine.compile_sharded" | "engine.no_layers":
+            return ({"compute.compile": False},)
+        case "engine.too_few_quantised":
+            return ({"method.type": "lora"},)
+        case "engine.fused_experts":
+            return ({error.field: 0.0 if error.field == "method.dropout" else False},)
+        case "engine.unknown_module" | "engine.not_adaptable" | "engine.tied_target" if _is_of_targets(error):
+            return ({"method.target_modules": "all-linear"},)
+        case "engine.no_targets":
+            return ({"method.exclude_modules": []},)
+        case "engine.leak":
+            return ({"packing.mode": "padded", "packing.algorithm": "best_fit"},)
+        case "host.too_few_gpus" | "host.too_few_cpus":
+            return ({"parallel.devices": said["most"]},)
+        case "host.no_deepspeed":
+            return ({"parallel.zero_stage": 0, "parallel.offload": "none"},)
+        case "host.no_bitsandbytes":
+            return ({"method.type": "lora"} if error.field == "method.type" else {"optimizer.name": "adamw"},)
+    return ()
+
+
+def _is_of_targets(error: UserError) -> bool:
+    return error.field == "method.target_modules"
 
 
 def applied(spec: JobSpec, fix: Fix) -> dict[str, Any]:

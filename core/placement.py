@@ -173,6 +173,16 @@ def load_of(
     )
 
 
+def standing_for_all(devices: Sequence[Device]) -> Device:
+    """What a plan that is one for all of a job's devices may count on: the least that any of them has. In all else the
+    first stands for them."""
+    least = {
+        "memory_bytes": min(device.memory_bytes for device in devices),
+        "has_bf16": all(device.has_bf16 for device in devices),
+    }
+    return devices[0].model_copy(update=least)
+
+
 def available_bytes(spec: JobSpec, device: Device) -> int:
     """Of `device`, for one rank: those on a CPU share its memory."""
     return device.memory_bytes // spec.parallel.devices if device.kind == "cpu" else device.memory_bytes

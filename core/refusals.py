@@ -12,7 +12,6 @@ from core.errors import UserError, UserErrors
 from core.memory import BYTES
 from core.needs import needs_of, on_cpu
 from core.placement import impossible
-from core.presets import auto_dtype
 from core.profile import ModelProfile
 from core.spec import Adapter, JobSpec
 from core.wire import Device
@@ -25,21 +24,25 @@ LEAST_QUANTISED = 0.8
 
 def refuse(spec: JobSpec, model: ModelProfile, device: Device, loaded: Loaded) -> None:
     """Raises UserErrors with everything that can be known of this spec, model and kind of device."""
-    faults = [*_of_model(spec, model, device), *_of_device(spec, device)]
-    # Offload on a CPU is told once, whatever its stage.
-    if not any(fault.code == "plan.offload_on_cpu" for fault in faults):
-        found = impossible(spec, loaded)
-        faults += [] if found is None else [found]
+    faults = [*faults_of_model(spec, model, loaded), *_faults_of_device(spec, device)]
     if faults:
         raise UserErrors(faults)
 
 
-def _of_device(spec: JobSpec, device: Device) -> Iterator[UserError]:
+def faults_of_model(spec: JobSpec, model: ModelProfile, loaded: Loaded) -> Iterator[UserError]:
+    """Whatever it runs on."""
+    yield from _of_model(spec, model)
+    found = impossible(spec, loaded)
+    if found is not None:
+        yield found
+
+
+def _faults_of_device(spec: JobSpec, device: Device) -> Iterator[UserError]:
     if device.kind == "cpu":
         yield from (on_cpu(need.field, need.value) for need in needs_of(spec) if need.feature == "gpu")
 
 
-def _of_model(spec: JobSpec, model: ModelProfile, device: Device) -> Iterator[UserError]:
+def _of_model(spec: JobSpec, model: ModelProfile) -> Iterator[UserError]:
     if model.quantisation is not None:
         yield UserError("engine.quantised_base", "model.base", kind=model.quantisation)
         return
@@ -54,8 +57,7 @@ def _of_model(spec: JobSpec, model: ModelProfile, device: Device) -> Iterator[Us
             if is_set:
                 yield UserError("engine.fused_experts", knob, knob=knob)
     if method.type == "qlora":
-        dtype = auto_dtype(device)[0] if spec.compute.dtype == "auto" else spec.compute.dtype
-        yield from _of_quantised_experts(shape, BYTES[dtype])
+        yield from _of_quantised_experts(shape, BYTES["bf16" if spec.compute.dtype == "auto" else spec.compute.dtype])
 
 
 # -- experts ---------------------------------------------------------------------------------------------------------

@@ -124,6 +124,24 @@ def assign(queued: Sequence[QueuedJob], hosts: Sequence[HostOffer]) -> list[Deci
     return decisions
 
 
+def likeliest(job: QueuedJob, hosts: Sequence[HostOffer]) -> list[HostOffer]:
+    """Hosts that could ever run it, in the order in which `assign` would give it to them if nothing else waited: those
+    where it would start now, then those that have to become free, the one that lacks the fewest devices first, then
+    those that are silent or draining."""
+    able = [
+        host
+        for host in sorted(hosts, key=lambda host: (host.name, host.id))
+        if host.offers_model(job) and job.needs <= host.features and job.num_ranks <= host.most_ranks
+    ]
+
+    def order(host: HostOffer) -> tuple[bool, int, tuple[bool, bool, int]]:
+        num_free = len(host.free_devices)
+        lacks = max(0, host.devices_for(job) - num_free)
+        return not host.accepts, lacks, _preference(job, host, num_free if not lacks else 0)
+
+    return sorted(able, key=order)
+
+
 def _preference(job: QueuedJob, host: HostOffer, num_free: int) -> tuple[bool, bool, int]:
     """The host for which this is the smallest is taken."""
     return job.model not in host.models, host.device_kind != "gpu", num_free

@@ -36,6 +36,7 @@ MODEL = ModelProfile(
     has_chat_template=True,
     bytes=4_000_000,
 )
+VERSIONS = {"torch": "2.13.0", "bitsandbytes": "0.50.2", "deepspeed": "0.19.8"}
 ROW = b'{"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}\n'
 SPEC: dict[str, Any] = {"data": {"train": [{"dataset": "sums"}]}}
 
@@ -71,7 +72,7 @@ class FakeHost:
             name=f"name of {self.id}",
             devices=devices,
             models=(MODEL,),
-            versions={"torch": "2.13.0"},
+            versions=VERSIONS,
             num_cpus=2,
             memory_bytes=2**33,
         )

@@ -13,7 +13,7 @@ from core.profile import ModelProfile
 from core.spec import parse_spec
 from core.wire import Device, HostReport, ProfileResult
 from tests.app.conftest import House
-from tests.app.scene import MODEL, SPEC, FakeHost, connect_host, put_data, step, submit, wire
+from tests.app.scene import MODEL, SPEC, VERSIONS, FakeHost, connect_host, put_data, step, submit, wire
 from tests.app.test_pages import filled
 from tests.app.test_profiles import facts, measure, preflight
 from tests.app.test_recorder import PLAN
@@ -38,9 +38,9 @@ def ready(house: House, device: Device, shape: Architecture | None = LLAMA_7B) -
     report = HostReport(
         host=host.id,
         name="large",
-        devices=(device,),
+        devices=tuple(device.model_copy(update={"id": f"gpu{number}"}) for number in range(8)),
         models=(model(shape),),
-        versions={"torch": "2.13.0"},
+        versions=VERSIONS,
         num_cpus=2,
         memory_bytes=2**36,
     )
@@ -77,8 +77,11 @@ def test_programs_are_told_why_a_stage_cannot_run_and_which_sizes_are_missing(ho
     third = [way for way in ways if way["zero_stage"] == 3]
     assert third and all("QLoRA" in way["why_not"] and way["terms"] is None for way in third)
     given = {"method": {"type": "qlora"}, "parallel": {"devices": 2, "zero_stage": 3}}
-    impossible = preflight(house, **given).json()["memory"]
-    assert impossible["planned_peak_bytes"] is impossible["largest_max_length"] is None
+    refused = preflight(house, **given)
+    assert refused.status_code == 422
+    (error,) = refused.json()["errors"]
+    assert (error["code"], error["pointer"]) == ("zero.qlora", "/spec/parallel/zero_stage")
+    assert error["fixes"] == [{"parallel.zero_stage": "auto"}, {"parallel.zero_stage": 2}]
 
 
 def test_without_the_models_sizes_programs_get_the_reason(house: House) -> None:
@@ -135,7 +138,7 @@ def test_the_panel_names_what_cannot_run_and_what_is_not_known(house: House) -> 
     assert "cannot run" in page and "QLoRA under ZeRO stage 3" in page
     report = HostReport(
         host=host.id, name="large", devices=(gpu(48),), models=(model(None),),
-        versions={"torch": "2.13.0"}, num_cpus=2, memory_bytes=2**36,
+        versions=VERSIONS, num_cpus=2, memory_bytes=2**36,
     )  # fmt: skip
     assert host.post("/hosts/register", report).status_code == 200
     assert "so memory cannot be planned" in panel(house)

@@ -48,6 +48,7 @@ MODEL = ModelProfile(
     # Of a model that has something to plan.
     shape=llama(hidden=2048, layers=16, heads=32, key_value_heads=8, intermediate=8192, vocabulary=4096),
 )
+LIBRARIES = {"bitsandbytes": "0.50.2", "deepspeed": "0.19.8"}
 DEVICES = tuple(
     Device(id=f"gpu{index}", kind="gpu", name="NVIDIA L40S", memory_bytes=48 * 2**30, has_bf16=True)
     for index in range(4)
@@ -139,7 +140,7 @@ class Stage:
             devices=DEVICES,
             refused_devices={"gpu4": "this torch needs a driver of 570 or newer, the host has 535"},
             models=(MODEL,),
-            versions={"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "driver": "580.65"},
+            versions={"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "driver": "580.65"} | LIBRARIES,
             num_cpus=64,
             memory_bytes=512 * 2**30,
         )

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from core.errors import UserError
+from core.placement import standing_for_all
 from core.wire import Device
-from worker.engine.device import find_device, standing_for_all
+from worker.engine.device import find_device
 from worker.engine.ending import outcome_of
 
 

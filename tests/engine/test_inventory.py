@@ -13,10 +13,18 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from core.needs import features_of
 from core.wire import HostReport
 from worker.engine import inventory
 from worker.engine.demo_model import DEMO_MODEL
-from worker.engine.inventory import ListedGpu, gpu_devices, gpus_of_our_jobs, reaches_hub, take_inventory
+from worker.engine.inventory import (
+    ListedGpu,
+    gpu_devices,
+    gpus_of_our_jobs,
+    has_compiler,
+    reaches_hub,
+    take_inventory,
+)
 from worker.processes import MARK
 
 needs_cpu_torch = pytest.mark.skipif(torch.version.cuda is not None, reason="torch here is built for CUDA")
@@ -60,6 +68,7 @@ def test_the_command_prints_what_the_agent_reports(demo_model: Path, tmp_path: P
     assert report.versions["torch"] == torch.__version__
     assert report.num_cpus >= 1
     assert not report.reaches_hub
+    assert features_of(report) >= {"bitsandbytes", "deepspeed"} and "gpu" not in features_of(report)
     assert len(json.loads((tmp_path / "hashes.json").read_bytes())) > 3
 
 
@@ -110,6 +119,15 @@ def test_the_hub_is_reached_only_where_it_answers(hub: str, monkeypatch: pytest.
     for nowhere in (f"{hub}/missing", "http://127.0.0.1:1", "file:///etc/passwd"):
         monkeypatch.setenv("HF_ENDPOINT", nowhere)
         assert not reaches_hub()
+
+
+def test_the_cpu_adam_needs_a_compiler_and_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not has_compiler()
+    for tool in ("c++", "ninja"):
+        assert not has_compiler(), f"without {tool}"
+        (tmp_path / tool).touch(mode=0o755)
+    assert has_compiler()
 
 
 @pytest.mark.gpu

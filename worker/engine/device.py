@@ -1,7 +1,6 @@
 """The device that a job was given, as torch names it and as the plan wants to know it."""
 
 import os
-from collections.abc import Sequence
 
 import psutil
 import torch
@@ -34,13 +33,3 @@ def find_device(name: str, place: int = 0) -> tuple[torch.device, Device]:
     )
     torch.cuda.set_device(index)
     return torch.device("cuda", index), device
-
-
-def standing_for_all(devices: Sequence[Device]) -> Device:
-    """What a plan that is one for all of a job's devices may count on: the least that any of them has. In all else the
-    first stands for them."""
-    least = {
-        "memory_bytes": min(device.memory_bytes for device in devices),
-        "has_bf16": all(device.has_bf16 for device in devices),
-    }
-    return devices[0].model_copy(update=least)

@@ -9,8 +9,10 @@ they were asked for. On a GPU that is left out by --gpus nothing is tried.
 """
 
 import argparse
+import importlib.util
 import os
 import platform
+import shutil
 import sys
 import urllib.request
 from collections.abc import Sequence
@@ -49,6 +51,7 @@ class Inventory(BaseModel):
     num_cpus: int
     memory_bytes: int
     reaches_hub: bool
+    has_compiler: bool
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def take_inventory(
         num_cpus=len(os.sched_getaffinity(0)),
         memory_bytes=psutil.virtual_memory().total,
         reaches_hub=reaches_hub(),
+        has_compiler=has_compiler(),
     )
 
 
@@ -230,6 +234,16 @@ def reaches_hub() -> bool:
             return True
     except (OSError, ValueError):
         return False
+
+
+def has_compiler() -> bool:
+    """Whether DeepSpeed can have its CPU Adam: torch compiles it with c++ and ninja at its first use, unless it was
+    built when DeepSpeed was installed."""
+    package = importlib.util.find_spec("deepspeed")
+    folders = package.submodule_search_locations if package else None
+    if any(any(Path(folder).glob("ops/adam/cpu_adam_op*.so")) for folder in folders or ()):
+        return True
+    return all(shutil.which(tool) for tool in ("c++", "ninja"))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from core.duplicates import Sketches, find_alike
 from core.packing import IntArray
 from core.profile import Column, DataProfile
-from core.selection import Selection
+from core.selection import Selection, begins_anew
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -33,8 +33,8 @@ class Overlap:
 
 
 def find_overlap(selection: Selection) -> Overlap:
-    trained = _rows_of(selection, np.unique(selection.train.sample_ids))
-    evaluated = _rows_of(selection, np.unique(selection.validation.sample_ids))
+    trained = _rows_of(selection, _distinct(selection.train.sample_ids))
+    evaluated = _rows_of(selection, _distinct(selection.validation.sample_ids))
     hashes = [_hashes(rows) for rows in trained]
     all_hashes = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
     num_rows = num_equal = num_alike = 0
@@ -68,9 +68,15 @@ def _rows_of(selection: Selection, sample_ids: IntArray) -> list[_Rows]:
         samples = sample_ids[begin:end] - (first - num_samples)
         if id(profile) in found:
             samples = np.union1d(samples, found[id(profile)].samples)
-        _, first_of_row = np.unique(np.asarray(profile.sample_row.numbers)[samples], return_index=True)
-        found[id(profile)] = _Rows(profile, samples[first_of_row])
+        is_first_of_row = begins_anew(np.asarray(profile.sample_row.numbers)[samples])
+        found[id(profile)] = _Rows(profile, samples[is_first_of_row])
     return [rows for rows in found.values() if len(rows.samples)]
+
+
+def _distinct(sample_ids: IntArray) -> IntArray:
+    """Of ids in their order, in which the pieces of a sample lie side by side."""
+    distinct: IntArray = sample_ids[begins_anew(sample_ids)]
+    return distinct
 
 
 def _hashes(rows: _Rows) -> npt.NDArray[np.uint64]:

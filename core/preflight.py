@@ -29,6 +29,7 @@ from core.layout import (
 from core.memo import Memo
 from core.memory import count_adapter_parameters
 from core.memory_report import MemoryReport, report_memory
+from core.overlap import Overlap, find_overlap
 from core.packing import BatchBy, PlanSettings, RunPlan, SampleSet, Segment, Step, plan_run
 from core.placement import LargestPass, StepBounds, place, step_bounds
 from core.presets import auto_attention, auto_dtype, auto_learning_rate
@@ -43,8 +44,8 @@ from core.zero import Loaded
 
 # Validation samples that are packed together at a time.
 VALIDATION_CHUNK = 64
-# What a plan made alone keeps: its selection, its run and its packing report.
-KEPT_OF_ONE = 3
+# What a plan made alone keeps: its selection, its bounds, its run, its packing report and its overlap.
+KEPT_OF_ONE = 5
 
 _BATCH_BY: dict[str, BatchBy] = {"samples_per_step": "samples", "tokens_per_step": "tokens", "rows_per_step": "rows"}
 
@@ -201,6 +202,11 @@ class JobPlan:
             count_flops=None if shape is None else attention_flops(shape, longest, is_dense=is_dense),
             own_plan=self.run.epoch_plan(1),
         )
+
+    @property
+    def overlap(self) -> Overlap:
+        """Validation rows that are trained too."""
+        return self.memo.get(("overlap",), (self.selection,), lambda: find_overlap(self.selection))
 
     @property
     def known_shape(self) -> Architecture | None:

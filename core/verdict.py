@@ -6,7 +6,6 @@ from typing import Literal
 
 from core.errors import Parameter, Reason
 from core.fix import WARMUPS, Fix, default_warmup, longer_samples
-from core.overlap import find_overlap
 from core.preflight import JobPlan
 
 Level = Literal["warning", "info"]
@@ -85,7 +84,7 @@ def _whole(plan: JobPlan) -> tuple[Fix, ...]:
 
 def _of_overlap(plan: JobPlan) -> Iterator[Remark]:
     """Equal rows are counted, nearly equal ones estimated."""
-    overlap = find_overlap(plan.selection)
+    overlap = plan.overlap
     if overlap.count:
         code = "verdict.validation_overlap" if overlap.num_alike else "verdict.validation_equal"
         said: dict[str, Parameter] = {

@@ -16,8 +16,8 @@ from app.database import Database
 from app.settings import Settings
 from core.memo import Memo
 
-# Selections, runs, packing reports and their like, of the forms that are open. Of a million samples a selection or a run
-# takes up to 100 MB.
+# Selections, runs, packing reports and their like, of the forms that are open. Of a million samples a selection or a
+# run takes up to 100 MB.
 MOST_PLANNED = 24
 
 ROOT = Path(__file__).resolve().parent.parent

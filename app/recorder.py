@@ -47,6 +47,7 @@ from core.events import (
     Failure,
     Phase,
     Plan,
+    Probe,
     RawEvent,
     Step,
     parse_event,
@@ -65,8 +66,16 @@ LONGEST_PAUSE_S = 5.0
 CONSUMER = "recorder"  # always the same, so that a restart finds what it had been handed
 LARGEST = 2**53  # whole numbers up to here are exact for every reader of JSON
 SMOOTHING = 0.1  # share of the newest step in seconds_per_step
+# What a job's summary adds up over its steps, by the metric that it is the sum of.
+SUMS = {
+    "trained_tokens": "trained_tokens",
+    "tokens": "tokens",
+    "slots": "slots",
+    "rows": "rows",
+    "steps_s": "step_s",
+}
 TRAINING_PHASE = "train"
-PROGRESS = (Phase, Plan, Step, Eval, Checkpoint, End)
+PROGRESS = (Phase, Plan, Step, Eval, Probe, Checkpoint, End)
 
 _EVENTS: TypeAdapter[tuple[WireEvent, ...]] = TypeAdapter(
     Annotated[tuple[WireEvent, ...], Field(max_length=MAX_EVENTS_A_BATCH)]
@@ -193,8 +202,10 @@ def _apply(
         case Checkpoint():
             job.pinned_host = attempt.host
             job.summary = (job.summary or {}) | {"checkpoint_step": event.step}
-    begins = isinstance(event, Step) or (isinstance(event, Phase) and event.name == TRAINING_PHASE)
+    begins = isinstance(event, Step | Probe) or (isinstance(event, Phase) and event.name == TRAINING_PHASE)
     if begins and job.state == JobState.STARTING:
+        began_at = attempt.claimed_at or attempt.created_at
+        job.summary = (job.summary or {}) | {"startup_s": now - began_at}
         first_start = {} if job.started_at is not None else {"started_at": now}
         _follow(session, job, attempt, JobState.RUNNING, now, **first_start)
     elif isinstance(event, End) and event.outcome == "succeeded" and job.state in (JobState.STARTING, JobState.RUNNING):
@@ -210,13 +221,12 @@ def _follow(session: Session, job: Job, attempt: Attempt, to: JobState, now: flo
 
 def _after_step(session: Session, job: Job, event: Step, effects: _Effects) -> dict[str, Any]:
     before = job.summary or {}
-    if before.get("step") == event.step - 1:
-        trained_tokens = before.get("trained_tokens", 0) + event.trained_tokens
+    if before.get("step") == event.step - 1 and before.keys() >= SUMS.keys():
+        sums = {name: before[name] + getattr(event, metric) for name, metric in SUMS.items()}
     else:
-        # The first step of an attempt: what the steps before it trained, those redone counted once.
+        # The first step of an attempt: what the steps before it came to, those redone counted once.
         _write_points(session, effects)
-        curve = read_curve(session, job, "trained_tokens")
-        trained_tokens = event.trained_tokens + int(sum(value or 0 for step, value in curve if step < event.step))
+        sums = {name: _sum_before(session, job, event, metric) for name, metric in SUMS.items()}
     seconds_per_step = before.get("seconds_per_step", event.step_s)
     return before | {
         "step": event.step,
@@ -228,9 +238,16 @@ def _after_step(session: Session, job: Job, event: Step, effects: _Effects) -> d
         "padding_efficiency": event.padding_efficiency,
         "padded_efficiency": event.padded_efficiency,
         "memory_peak_bytes": event.memory_peak_bytes,
-        "trained_tokens": trained_tokens,
+        **sums,
         "seconds_per_step": seconds_per_step + SMOOTHING * (event.step_s - seconds_per_step),
     }
+
+
+def _sum_before(session: Session, job: Job, event: Step, metric: str) -> int | float:
+    """Of all steps up to this one, which has no point yet."""
+    own: int | float = getattr(event, metric)
+    curve = read_curve(session, job, metric)
+    return type(own)(own + sum(value or 0 for step, value in curve if step < event.step))
 
 
 def _write(session: Session, effects: _Effects) -> None:

@@ -131,3 +131,11 @@ def ceil_share(share: float, whole: int) -> int:
     """ceil(share * whole) of the decimal number that a person wrote: in floats 0.07 * 100 is 7.000000000000001, and
     its ceiling 8."""
     return math.ceil(Fraction(repr(share)) * whole)
+
+
+def rate_text(rate: float) -> str:
+    """As people write it: 2e-4, 1.5e-5, 0."""
+    if rate == 0:
+        return "0"
+    mantissa, _, exponent = f"{rate:.2e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

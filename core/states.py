@@ -84,6 +84,9 @@ ACTIONS: dict[JobState, tuple[Action, ...]] = {
     _S.CANCELLED: ("retry", "clone"),
 }
 
+# What may be asked of a trial, of which nothing is kept to go on from.
+TRIAL_ACTIONS: frozenset[Action] = frozenset({"cancel", "clone"})
+
 
 def may_move(source: JobState, target: JobState, actor: Actor) -> bool:
     return actor in MOVES.get((source, target), frozenset())

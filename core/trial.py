@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
 
 from core.errors import Reason, UserError, UserErrors
-from core.schedule import Schedule, ceil_share
+from core.schedule import Schedule, ceil_share, rate_text
 from core.spec import LARGEST_LEARNING_RATE, Count, LearningRate, Number, Part, faults_of
 
 # Times the rate that the spec comes to: half a decade apart, a decade to each side.
@@ -36,6 +36,7 @@ LAST_SHARE = 0.25  # of the steps, whose mean loss is compared
 # Differences of two rates within so many standard errors are taken for noise.
 NOISE_ERRORS = 2.0
 UNSETTLED_STEPS = 2  # at first kernels are chosen, memory is reserved and caches are filled
+MOST_NAME_CHARACTERS = 200  # a job's
 LOWERED_FACTOR = 0.1  # where no rate that was tried stayed sound
 
 
@@ -55,11 +56,12 @@ class RateProbe(Part):
     steps: Annotated[int, Number, Field(ge=4, le=200)] = 20
 
 
-Trial = Annotated[DryRun | RateProbe, Discriminator("kind")]
+AnyTrial = DryRun | RateProbe
+Trial = Annotated[AnyTrial, Discriminator("kind")]
 KINDS: dict[str, type[DryRun] | type[RateProbe]] = {"dry_run": DryRun, "lr_probe": RateProbe}
 
 
-def parse_trial(data: object, field: str = "trial") -> DryRun | RateProbe:
+def parse_trial(data: object, field: str = "trial") -> AnyTrial:
     """A mapping as JSON gives it. Raises UserError or UserErrors, whose fields stand below `field`."""
     if not isinstance(data, Mapping):
         raise UserError("spec.kind", field, value=type(data).__name__, expected="a mapping")
@@ -81,8 +83,13 @@ def parse_trial(data: object, field: str = "trial") -> DryRun | RateProbe:
     if isinstance(trial, RateProbe):
         twice = next((rate for rate in trial.rates if trial.rates.count(rate) > 1), None)
         if twice is not None:
-            raise UserError("trial.rate_twice", f"{field}.rates", rate=twice)
+            raise UserError("trial.rate_twice", f"{field}.rates", rate=rate_text(twice))
     return trial
+
+
+def trial_name(trial: AnyTrial, job_name: str) -> str:
+    name = "dry run" if isinstance(trial, DryRun) else "rate probe"
+    return f"{name} of {job_name}"[:MOST_NAME_CHARACTERS]
 
 
 def rates_around(learning_rate: float) -> tuple[float, ...]:
@@ -122,7 +129,6 @@ class DryRunReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["dry_run"] = "dry_run"
     steps: int
     total_steps: int  # of the whole job
     seconds_per_step: float  # the median
@@ -205,7 +211,7 @@ def suggest(curves: Sequence[RateCurve]) -> Suggestion:
     smallest, largest = tried[0].learning_rate, tried[-1].learning_rate
     if not sound:
         lower = float(f"{smallest * LOWERED_FACTOR:.1e}")
-        told: dict[str, str | int | float] = {"smallest": f"{smallest:g}", "lower": f"{lower:g}"}
+        told: dict[str, str | int | float] = {"smallest": rate_text(smallest), "lower": rate_text(lower)}
         return Suggestion(learning_rate=lower, is_settled=False, code="trial.all_diverged", parameters=told)
     place = min(range(len(sound)), key=lambda number: statistics.fmean(sound[number].last_losses()))
     best = sound[place]
@@ -221,8 +227,8 @@ def suggest(curves: Sequence[RateCurve]) -> Suggestion:
     else:
         code = "trial.best_lies_between"
     told = {
-        "rate": f"{taken.learning_rate:g}",
-        "best": f"{best.learning_rate:g}",
+        "rate": rate_text(taken.learning_rate),
+        "best": rate_text(best.learning_rate),
         "loss": f"{taken.last_loss:.4g}",
         "steps": len(best.last_losses()),
     }
@@ -238,6 +244,6 @@ def _are_alike(smaller: RateCurve, best: RateCurve) -> bool:
     return statistics.fmean(worse) <= NOISE_ERRORS * statistics.stdev(worse) / math.sqrt(len(worse))
 
 
-def as_trial(stored: Mapping[str, Any] | None) -> DryRun | RateProbe | None:
+def as_trial(stored: Mapping[str, Any] | None) -> AnyTrial | None:
     """As it stands with a job."""
     return None if stored is None else KINDS[stored["kind"]].model_validate(stored)

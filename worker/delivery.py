@@ -21,7 +21,8 @@ from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-EXIT, FINISHED, RESULT, PROFILES = "exit.json", "finished.json", "result", "profiles.json"
+EXIT, FINISHED, PROFILES = "exit.json", "finished.json", "profiles.json"
+REPORT, RESULT = "report.json", "result"
 _PROFILES = TypeAdapter(tuple[wire.MeasuredProfile, ...])
 
 

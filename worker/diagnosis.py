@@ -114,7 +114,7 @@ def _by_outcome(evidence: Evidence, outcome: OutcomeFile) -> Diagnosis:
         return Diagnosis(Outcome.FAILED, outcome.reason or "internal", outcome.text, outcome.remedy, outcome.code)
     if evidence.has_end_event and evidence.has_result:
         return Diagnosis(Outcome.SUCCEEDED, None, outcome.text, outcome.remedy, 0)
-    missing = "its end event" if not evidence.has_end_event else "anything in result/"
+    missing = "its end event" if not evidence.has_end_event else "anything in result/ (of a trial: report.json)"
     return _ended(Outcome.FAILED, "internal", "exit.incomplete", "exit.remedy_log", outcome.code, missing=missing)
 
 

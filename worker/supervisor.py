@@ -47,7 +47,7 @@ from core.events import FailureReason
 from core.spec import parse_spec
 from core.states import Outcome
 from worker.adoption import SUPERVISOR, SupervisorFile
-from worker.delivery import EXIT, RESULT, deliver
+from worker.delivery import EXIT, REPORT, RESULT, deliver
 from worker.diagnosis import Deed, Diagnosis, Evidence, Wish, diagnose, num_oom_kills, stopped_before_start
 from worker.gpus import sample_gpus
 from worker.heart import Heart, Progress
@@ -195,7 +195,7 @@ class Supervisor:
                 rank=None if death is None else death.rank,
                 outcome=outcome,
                 has_end_event=self.has_end_event,
-                has_result=any((self.directory / RESULT).glob("*")),
+                has_result=self._has_result(),
                 wish=self._wish(),
                 deed=self.deed,
                 log_tail=trainer.last_words(death),
@@ -209,7 +209,7 @@ class Supervisor:
     def _write_end(self, diagnosis: Diagnosis) -> None:
         if diagnosis.outcome in (Outcome.FAILED, Outcome.LOST) and diagnosis.reason != self.told_reason:
             self.journal.append("failure", reason=diagnosis.reason, text=diagnosis.text, remedy=diagnosis.remedy)
-        if diagnosis.outcome == Outcome.SUCCEEDED:
+        if diagnosis.outcome == Outcome.SUCCEEDED and self.assignment.trial is None:
             self.journal.append("phase", name="upload", done=0, total=None)
         self.journal.sync()
         self._note_journal()
@@ -224,6 +224,12 @@ class Supervisor:
                 final_seq=self.journal.last_seq,
             ),
         )
+
+    def _has_result(self) -> bool:
+        """Of a trial its report is all."""
+        if self.assignment.trial is not None:
+            return (self.directory / REPORT).is_file()
+        return any((self.directory / RESULT).glob("*"))
 
     # -- what comes from the trainer -------------------------------------------------------------------------------
     def _collect(self, trainer: Trainer, tail: EventTail) -> bool:

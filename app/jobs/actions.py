@@ -18,7 +18,7 @@ from app.problems import Problem, not_found
 from app.tables import CheckpointRow, Job
 from core.errors import UserError
 from core.spec import JobSpec, parse_spec
-from core.states import ACTIONS, Action, JobState
+from core.states import ACTIONS, TRIAL_ACTIONS, Action, JobState
 
 AT_ONCE = (JobState.QUEUED, JobState.PAUSED)
 LIVES_ON_A_HOST = (JobState.STARTING, JobState.RUNNING, JobState.FINALIZING)
@@ -32,7 +32,8 @@ def get_job(session: Session, job_id: str) -> Job:
 
 
 def legal_actions(job: Job) -> tuple[Action, ...]:
-    return ACTIONS[JobState(job.state)]
+    legal = ACTIONS[JobState(job.state)]
+    return legal if job.trial is None else tuple(action for action in legal if action in TRIAL_ACTIONS)
 
 
 def cancel(session: Session, job: Job, *, now: float, who: str | None) -> None:
@@ -100,11 +101,14 @@ def clone(job: Job) -> JobSpec:
 
 def _require(job: Job, action: Action) -> None:
     legal = legal_actions(job)
-    if action not in legal:
-        raise Problem(
-            status.HTTP_409_CONFLICT,
-            UserError("job.illegal_action", "", action=action, state=job.state, legal=", ".join(legal)),
-        )
+    if action in legal:
+        return
+    listed = ", ".join(legal)
+    if job.trial is not None and action not in TRIAL_ACTIONS:
+        error = UserError("trial.illegal_action", "", action=action, legal=listed)
+    else:
+        error = UserError("job.illegal_action", "", action=action, state=job.state, legal=listed)
+    raise Problem(status.HTTP_409_CONFLICT, error)
 
 
 def _end_or_stop(session: Session, job: Job, desired: Desired, end: JobState, *, now: float, who: str | None) -> None:

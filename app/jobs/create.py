@@ -22,9 +22,10 @@ from app.jobs.moves import enter
 from app.models import resolve_model
 from app.tables import Job
 from core.errors import UserError, UserErrors
-from core.presets import refuse_above_context
+from core.presets import auto_learning_rate, refuse_above_context
 from core.spec import JobSpec, ValidationDataset, job_name, parse_spec
 from core.states import JobState
+from core.trial import AnyTrial, RateProbe, rates_around, trial_name
 from core.unbuilt import refuse_unbuilt
 
 
@@ -38,28 +39,50 @@ class Origin:
     pinned_host: str | None = None
 
 
-def create_job(session: Session, spec: object, *, now: float, who: str | None, owner: str | None) -> Job:
-    """Raises UserError or UserErrors, whose fields are the spec's keys."""
+def create_job(
+    session: Session,
+    spec: object,
+    *,
+    now: float,
+    who: str | None,
+    owner: str | None,
+    trial: AnyTrial | None = None,
+    forecast: dict[str, Any] | None = None,
+) -> Job:
+    """The job, or a trial of it; `forecast` is what a job will be held to, a trial is not. Raises UserError or
+    UserErrors, whose fields are the spec's keys."""
     parsed = parse_spec(spec)
     refuse_unbuilt(parsed)
-    return insert_job(session, parsed, now=now, who=who, owner=owner)
+    return insert_job(session, parsed, now=now, who=who, owner=owner, trial=trial, forecast=forecast)
 
 
 def insert_job(
-    session: Session, spec: JobSpec, *, now: float, who: str | None, owner: str | None, origin: Origin | None = None
+    session: Session,
+    spec: JobSpec,
+    *,
+    now: float,
+    who: str | None,
+    owner: str | None,
+    origin: Origin | None = None,
+    trial: AnyTrial | None = None,
+    forecast: dict[str, Any] | None = None,
 ) -> Job:
     origin = origin or Origin()
     spec = settle(session, spec)
+    trial = settle_trial(session, spec, trial)
+    name = job_name(spec, datetime.fromtimestamp(now, UTC).date().isoformat())
     stored = spec.model_dump(mode="json")
     job = Job(
         id=new_id("job"),
-        name=job_name(spec, datetime.fromtimestamp(now, UTC).date().isoformat()),
+        name=name if trial is None else trial_name(trial, name),
         owner=owner,
         spec=stored,
         spec_sha256=hashlib.sha256(json.dumps(stored, sort_keys=True, ensure_ascii=False).encode()).hexdigest(),
         tags=list(spec.tags),
         notes=spec.notes,
         priority=spec.priority,
+        trial=None if trial is None else trial.model_dump(mode="json"),
+        forecast=forecast if trial is None else None,
         state=JobState.QUEUED.value,
         parent=origin.parent,
         parent_kind=origin.kind,
@@ -104,3 +127,13 @@ def settle(session: Session, spec: JobSpec) -> JobSpec:
     if isinstance(spec.data.validation, ValidationDataset):
         stored["data"]["validation"]["dataset"] = pinned[spec.data.validation.dataset]
     return parse_spec(stored)
+
+
+def settle_trial(session: Session, spec: JobSpec, trial: AnyTrial | None) -> AnyTrial | None:
+    """With the rates that a probe will try: around the spec's own, where it names none."""
+    if not isinstance(trial, RateProbe) or trial.rates:
+        return trial
+    rate = spec.schedule.learning_rate
+    if rate == "auto":
+        rate, _ = auto_learning_rate(spec.method, resolve_model(session, spec.model.base).profile.num_parameters)
+    return trial.model_copy(update={"rates": rates_around(rate)})

@@ -3,6 +3,8 @@
 import math
 from datetime import UTC, datetime
 
+from core.schedule import rate_text
+
 DASH = "–"
 _MINUTE, _HOUR, _DAY = 60, 3600, 86_400
 
@@ -62,12 +64,7 @@ def loss(value: float | None) -> str:
 
 def rate(value: float | None) -> str:
     """A learning rate: 2e-4, 1.5e-5, 0."""
-    if value is None:
-        return DASH
-    if value == 0:
-        return "0"
-    mantissa, _, exponent = f"{value:.2e}".partition("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return DASH if value is None else rate_text(value)
 
 
 def duration(seconds: float | None) -> str:
@@ -84,6 +81,37 @@ def duration(seconds: float | None) -> str:
         if amount * unit_s < {"min": _HOUR, "h": _DAY}.get(unit, math.inf):
             return f"{amount} {unit} {rest} {part}" if rest else f"{amount} {unit}"
     raise AssertionError("days have no end")
+
+
+def hours(value: float | None) -> str:
+    """Of devices: 0.0123, 4.50, 1,230."""
+    if value is None:
+        return DASH
+    return significant(value) if value < 1000 else f"{value:,.0f}"
+
+
+def money(value: float | None, currency: str = "") -> str:
+    """To the cent; less than one is told as that."""
+    if value is None:
+        return DASH
+    amount = "< 0.01" if 0 < value < 0.005 else f"{value:,.2f}"
+    return f"{amount} {currency}" if currency else amount
+
+
+def deviation(share: float | None) -> str:
+    """0.043 -> +4.3 %, 12.3 -> +1,230 %."""
+    if share is None:
+        return DASH
+    if share == 0:
+        return "0 %"
+    # What is not 0 is not told as 0.
+    places = 0 if abs(share) >= 1 else 1 if abs(share) >= 0.0005 else 3
+    return f"{share * 100:+,.{places}f} %"
+
+
+def ratio(value: float | None) -> str:
+    """1.234 -> 123 %."""
+    return DASH if value is None else f"{value * 100:,.0f} %"
 
 
 def moment(seconds: float | None) -> str:

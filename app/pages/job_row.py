@@ -10,6 +10,7 @@ from app.jobs import badges
 from app.tables import Host, Job, User
 from core.errors import TEXTS, Reason
 from core.states import JobState
+from core.trial import as_trial
 
 MOST_ROWS = 500
 
@@ -55,6 +56,7 @@ class JobRow:
     phase_total: int | None
     seconds_per_step: float | None
     is_packed: bool
+    trial: str  # its kind, or ""
 
     @property
     def is_live(self) -> bool:
@@ -93,6 +95,9 @@ def _row(job: Job, now: float, owners: dict[str, str], hosts: dict[str, str]) ->
         "step", "total_steps", "epoch", "loss", "eval_loss", "learning_rate", "tokens_per_s", "trained_tokens",
         "padding_efficiency", "padded_efficiency", "memory_peak_bytes", "seconds_per_step",
     )  # fmt: skip
+    trial = as_trial(job.trial)
+    if trial is not None and summary.get("total_steps") is not None:
+        summary = summary | {"total_steps": min(trial.steps, summary["total_steps"])}
     waits = job.state == JobState.QUEUED and job.wait_code in TEXTS
     return JobRow(
         id=job.id,
@@ -122,6 +127,7 @@ def _row(job: Job, now: float, owners: dict[str, str], hosts: dict[str, str]) ->
         phase_total=summary.get("phase_total"),
         planned_peak_bytes=(job.plan or {}).get("planned_peak_bytes"),
         is_packed=job.spec["packing"]["mode"] == "packed",
+        trial="" if trial is None else trial.kind,
         **{name: summary.get(name) for name in told},
     )
 

@@ -6,7 +6,7 @@ import pytest
 
 from core.errors import USER_FAULTS
 from core.presets import auto_learning_rate
-from core.schedule import lr_at
+from core.schedule import lr_at, rate_text
 from core.spec import LARGEST_LEARNING_RATE, Lora
 from core.trial import (
     DIVERGED_FACTOR,
@@ -117,7 +117,7 @@ def test_the_lowest_smoothed_loss_wins_though_steps_differ_more_than_rates() -> 
     found = suggest(curves)
     assert (found.learning_rate, found.is_settled, found.code) == (1e-3, True, "trial.best_lies_between")
     assert max(EFFORT) - min(EFFORT) > 0.1, "a single step says nothing"
-    assert "0.001 has the lowest loss over the last 5 steps" in found.why.text()
+    assert "1e-3 has the lowest loss over the last 5 steps" in found.why.text()
     assert suggest(curves[::-1]) == found
 
 
@@ -126,7 +126,7 @@ def test_of_rates_within_the_noise_the_smallest_is_taken() -> None:
     best = min(curves, key=lambda each: each.last_loss or math.inf).learning_rate
     found = suggest(curves)
     assert (found.learning_rate, found.is_settled, found.code) == (1e-4, True, "trial.smaller_within_noise")
-    assert best > 1e-4 and f"{best:g} has the lowest loss" in found.why.text()
+    assert best > 1e-4 and f"{rate_text(best)} has the lowest loss" in found.why.text()
 
 
 def test_a_smaller_rate_beyond_a_worse_one_is_not_reached() -> None:
@@ -155,7 +155,7 @@ def test_the_largest_that_held_is_no_edge_when_a_larger_one_diverged() -> None:
 def test_where_all_diverged_a_lower_one_is_named() -> None:
     found = suggest([diverged(1e-2), diverged(3e-3)])
     assert (found.learning_rate, found.is_settled, found.code) == (3e-4, False, "trial.all_diverged")
-    assert "0.003" in found.why.text() and "0.0003" in found.why.text()
+    assert "3e-3" in found.why.text() and "3e-4" in found.why.text()
 
 
 def test_a_job_of_few_steps_is_judged_by_those() -> None:

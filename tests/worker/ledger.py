@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 
 from core import wire
+from core.trial import DryRun, RateProbe
 
 TOKEN = "a-worker-token"
 T = TypeVar("T")
@@ -35,6 +36,7 @@ class LedgerAttempt:
     data: tuple[wire.DataFile, ...] = ()
     adapter: tuple[wire.AdapterFile, ...] = ()
     resume_from: tuple[str, ...] = ()
+    trial: DryRun | RateProbe | None = None
     current_fence: int = 0  # raised above the attempt's own by whoever takes the job away from it
     claims: int = 0
     desired: str = "run"
@@ -207,6 +209,7 @@ class Ledger:
                 devices=("cpu0",),
                 adapter=entry.adapter,
                 resume_from=entry.resume_from,
+                trial=entry.trial,
                 redis_url=self.redis_url,
                 acked_seq=entry.acked_seq,
             )

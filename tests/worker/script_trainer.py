@@ -126,7 +126,10 @@ def main() -> None:
             end(75, "stopped", f"stopped after step {step} with a checkpoint")
     if rank != 0:
         return
-    if told.get("result") != "none":
+    if inputs["trial"] is not None:
+        if told.get("report") != "none":
+            (directory / "report.json").write_text("{}")
+    elif told.get("result") != "none":
         (directory / "result" / "deep").mkdir(parents=True)
         (directory / "result" / "adapter_model.safetensors").write_bytes(b"weights of " + spec["name"].encode())
         (directory / "result" / "deep" / "empty.json").write_bytes(b"")

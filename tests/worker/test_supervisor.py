@@ -14,6 +14,7 @@ import pytest
 
 from core import wire
 from core.states import Outcome
+from core.trial import DryRun, RateProbe
 from tests.worker.conftest import Host
 from tests.worker.ledger import Ledger, LedgerAttempt, wait_until
 from worker import tasks
@@ -364,6 +365,23 @@ def test_where_each_rank_hangs_is_told(make_host: Callable[..., Host], ledger: L
     assert re.search(r"rank 0 stood in misbehave .*; rank 1 stood in main ", entry.finish.text)
     assert any("in misbehave" in text for text in texts_of(entry, 0))
     assert any("in main" in text for text in texts_of(entry, 1))
+
+
+def test_a_trial_succeeds_with_its_report_and_uploads_nothing(host: Host) -> None:
+    trial = RateProbe(rates=(1e-4, 1e-3), steps=4)
+    entry, directory = host.start("steps=3", trial=trial)
+    host.wait_for_finish(entry)
+    assert Inputs.model_validate_json((directory / "inputs.json").read_bytes()).trial == trial
+    assert entry.finish is not None and entry.finish.outcome == Outcome.SUCCEEDED
+    assert entry.finish.artifacts == () and not entry.uploads and not (directory / "result").exists()
+    assert "upload" not in [phase["name"] for phase in entry.of_kind("phase")]
+
+
+def test_a_trial_without_a_report_is_none(host: Host) -> None:
+    entry, _ = host.start("steps=3 report=none", trial=DryRun())
+    host.wait_for_finish(entry)
+    assert entry.finish is not None and entry.finish.outcome == Outcome.FAILED
+    assert "report.json" in entry.finish.text
 
 
 def test_a_spec_with_an_unknown_key_fails_before_anything_starts(host: Host) -> None:

@@ -16,7 +16,7 @@ import torch
 from core import events
 from core.certify import Curve
 from core.schedule import lr_at
-from core.trial import DryRun, RateProbe, has_diverged, probe_schedule
+from core.trial import AnyTrial, DryRun, RateProbe, has_diverged, probe_schedule
 from worker.engine import checkpoint
 from worker.engine.batches import Ahead, steps_from
 from worker.engine.checkpoint import Progress
@@ -28,7 +28,7 @@ from worker.job_directory import LayoutTrial, write_json
 NOTHING_KEPT = "a trial keeps nothing to go on from"
 
 
-def make_trial(run: Run, ready: Ready, trial: DryRun | RateProbe | LayoutTrial) -> None:
+def make_trial(run: Run, ready: Ready, trial: AnyTrial | LayoutTrial) -> None:
     """Raises Stopped at the next border where somebody asks for it."""
     match trial:
         case DryRun():

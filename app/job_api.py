@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlmodel import Session, col, select
 
 from app.auth import AnyCaller, Caller
+from app.forecast import forecast_to_keep
+from app.held import HeldTo, held_to
 from app.idempotency import OnlyOnce
 from app.jobs import (
     JOBS_TOPIC,
@@ -24,13 +26,14 @@ from app.jobs.create import settle
 from app.live import After, EventView, LastEventId, api_events, cursor_from, wants_stream
 from app.metrics import NAMES, Point, parse_names, read_curve, thin
 from app.problems import faults_lie_in_spec, not_found
-from app.profiles import refuse_unplannable
 from app.services import AnyServices, Services
 from app.tables import ArtifactRow, Attempt, CheckpointRow, Event, Host, Job, User
 from app.times import Time
-from core.errors import TEXTS, Reason
+from app.trials import Told, told_by, trial_of
+from core.errors import TEXTS, USER_FAULTS, Reason
 from core.spec import parse_spec
 from core.states import Action, Badge, JobState
+from core.trial import AnyTrial, Trial, parse_trial
 from core.unbuilt import refuse_unbuilt
 
 router = APIRouter(prefix="/api/v1/jobs", tags=["jobs"])
@@ -69,8 +72,11 @@ class JobView(BaseModel):
     remedy: str | None
     plan: dict[str, Any] | None
     summary: dict[str, Any]
+    forecast: dict[str, Any] | None  # core.forecast.Forecast, as it stood when the job was submitted
+    held_to: HeldTo | None  # of a job that is read by itself
     parent: str | None
     parent_kind: str | None
+    trial: Trial | None
     created_at: Time
     queued_at: Time
     started_at: Time | None
@@ -165,6 +171,8 @@ class Body(BaseModel):
 
 class CreateJob(Body):
     spec: dict[str, Any]
+    # {"kind": "dry_run" | "lr_probe", ...}: only some steps are made of it, for what they tell (core.trial).
+    trial: dict[str, Any] | None = None
 
 
 class ExtendJob(Body):
@@ -187,15 +195,17 @@ class PatchJob(Body):
     response_model=JobView,
     dependencies=[Depends(faults_lie_in_spec)],
 )
-def post_job(body: CreateJob, once: OnlyOnce, caller: AnyCaller, services: AnyServices) -> Response:
+def post_job(request: Request, body: CreateJob, once: OnlyOnce, caller: AnyCaller, services: AnyServices) -> Response:
+    trial = _parse_trial(request, body.trial)
     spec = parse_spec(body.spec)
     refuse_unbuilt(spec)
     with services.database.read() as session:
         settle(session, spec)  # tells of all names that are unknown, where a plan would stop at the first
-    refuse_unplannable(services, spec)
+    forecast = forecast_to_keep(services, spec)
 
     def act(session: Session) -> JobView:
-        job = create_job(session, spec, now=services.clock(), who=caller.name, owner=caller.user_id)
+        author = _author(services, caller)
+        job = create_job(session, spec, **author, trial=trial, forecast=forecast)
         return view_jobs(session, [job], services.clock())[0]
 
     response = once.reply(status.HTTP_201_CREATED, act)
@@ -226,7 +236,20 @@ def list_jobs(
 @router.get("/{job_id}")
 def read_job(job_id: str, services: AnyServices) -> JobView:
     with services.database.read() as session:
-        return view_jobs(session, [get_job(session, job_id)], services.clock())[0]
+        job = get_job(session, job_id)
+        (seen,) = view_jobs(session, [job], services.clock())
+        return seen.model_copy(update={"held_to": held_to(session, job, services.clock())})
+
+
+@router.get("/{job_id}/trial")
+def read_trial(job_id: str, services: AnyServices) -> Told:
+    """What a trial has told so far; 404 for a job that is none."""
+    with services.database.read() as session:
+        job = get_job(session, job_id)
+        trial = trial_of(job)
+        if trial is None:
+            raise not_found("trial", job_id)
+        return told_by(session, job, trial)
 
 
 @router.patch("/{job_id}")
@@ -391,13 +414,25 @@ def download(job_id: str, name: str, services: AnyServices) -> FileResponse:
     return services.blobs.response(artifact.sha256, filename=name.rsplit("/", 1)[-1])
 
 
+def _parse_trial(request: Request, given: dict[str, Any] | None) -> AnyTrial | None:
+    if given is None:
+        return None
+    try:
+        return parse_trial(given)
+    except USER_FAULTS:
+        request.state.pointer_prefix = ""  # these count from the body
+        raise
+
+
 # -- shared --------------------------------------------------------------------------------------------------------
 def view_jobs(session: Session, jobs: Sequence[Job], now: float) -> list[JobView]:
     owners = _names(session, User, {job.owner for job in jobs})
     hosts = _names(session, Host, {job.host for job in jobs})
     return [
         JobView(
-            **job.model_dump(include=set(JobView.model_fields) - {"devices", "summary", "tags", "owner", "host"}),
+            **job.model_dump(
+                include=set(JobView.model_fields) - {"devices", "summary", "tags", "owner", "host", "held_to"}
+            ),
             badges=badges(job, now),
             actions=legal_actions(job),
             owner=owners.get(job.owner),
@@ -406,6 +441,7 @@ def view_jobs(session: Session, jobs: Sequence[Job], now: float) -> list[JobView
             tags=job.tags or [],
             summary=job.summary or {},
             wait=_wait(job),
+            held_to=None,
         )
         for job in jobs
     ]

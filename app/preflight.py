@@ -27,6 +27,8 @@ from app.preflight_packing import (
 )
 from app.problems import faults_lie_in_spec
 from app.profiles import Wanted, plan_for, read_result, want_profiles
+from app.prospects import PlannedFor, look_out
+from app.prospects import view_of as view_of_prospects
 from app.services import AnyServices
 from core.curve_report import report_curve
 from core.lengths import bin_lengths, compare_cuts
@@ -36,6 +38,7 @@ from core.preflight import JobPlan
 from core.profile import DataProfile, Duplicates, TokenPreview
 from core.schedule import lr_at
 from core.spec import parse_spec
+from core.unbuilt import refuse_unbuilt
 from core.verdict import Remark as Said
 from core.verdict import verdict as verdict_of
 
@@ -52,6 +55,7 @@ class PreflightRequest(BaseModel):
     # What it is held against beside plain padding:
     preset: str = ""
     job: str = ""  # the id of one that it was cloned from
+    device: str = ""  # to plan for: a device's name or a host's; empty: the likeliest to get the job
 
 
 class Remark(BaseModel):
@@ -92,6 +96,7 @@ class Preflight(BaseModel):
     busiest_rank_share: float | None  # of the slots of the first steps; null with one rank
     first_row: FirstRow
     histogram: Lengths
+    planned_for: PlannedFor
     memory: Memory
     forecast: ForecastView
     max_length: int
@@ -146,17 +151,25 @@ class ProfileView(BaseModel):
 def preflight(body: PreflightRequest, services: AnyServices) -> Preflight:
     """202 while a host measures the data, then 200; 422 with every fault where the job can't run."""
     spec = parse_spec(body.spec)
-    plan = plan_for(services, spec)
+    refuse_unbuilt(spec)
+    prospects = look_out(services, spec)
+    if body.device:
+        prospects = prospects.looking_at(body.device)
+    plan = plan_for(services, spec, prospects.device)
     if isinstance(plan, Wanted):
         return _profiling(plan)  # type: ignore[return-value]  # a Response
     forecast = forecast_job(services, plan, spec)
-    remarks = [*verdict_of(plan), *remarks_on_disk(services, forecast, spec)]
+    remarks = [*verdict_of(plan), *prospects.remarks, *remarks_on_disk(services, forecast, spec)]
     compared = comparisons(services, plan, spec, Origin(body.preset, body.job))
-    return preflight_of(plan, compared, remarks, view_of_forecast(forecast))
+    return preflight_of(plan, compared, remarks, view_of_forecast(forecast), view_of_prospects(prospects))
 
 
 def preflight_of(
-    plan: JobPlan, compared: Sequence[Comparison], remarks: Sequence[Said], forecast: ForecastView
+    plan: JobPlan,
+    compared: Sequence[Comparison],
+    remarks: Sequence[Said],
+    forecast: ForecastView,
+    planned_for: PlannedFor,
 ) -> Preflight:
     facts, curve = plan.plan_event(), report_curve(plan)
     stride = -(-plan.total_steps // MAX_CURVE_STEPS)
@@ -185,6 +198,7 @@ def preflight_of(
             "busiest_rank_share": busiest_share(plan),
             "first_row": row_of(first_row(plan)),
             "histogram": lengths_of(report_lengths(plan)),
+            "planned_for": planned_for,
             "memory": memory_of(plan.memory),
             "forecast": forecast,
             "choices": [Choice(field=c.field, value=c.value, reason=c.text()) for c in plan.choices],

@@ -1,7 +1,9 @@
 """Where a job would run, from the hosts as they are and the queue as it stands: core.prospects, fed with both."""
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
+from pydantic import BaseModel
 from sqlmodel import Session, col, select
 
 from app.dispatcher import offers_of_hosts, queued_job
@@ -18,10 +20,31 @@ from core.wire import HOST_FRESH_S, HostReport
 from core.zero import Loaded
 
 
-def look_out(services: Services, spec: JobSpec, asked: str = "") -> Prospects:
-    """`asked` names a device or a host to look at; empty: the likeliest.
+class PlannedFor(BaseModel):
+    """The device that numbers are worked out for: the likeliest, unless another was asked for."""
 
-    Raises UserErrors with all that is known to be impossible before a row of data is measured: of hosts and of the
+    device: str
+    kind: Literal["gpu", "cpu"]
+    memory_bytes: int
+    hosts: list[str]  # that have it and could run the job, the likeliest first
+    why: str
+    choices: list[str]  # what `device` of the request may be
+
+
+def view_of(prospects: Prospects) -> PlannedFor:
+    chosen = prospects.chosen
+    return PlannedFor(
+        device=chosen.device.name,
+        kind=chosen.device.kind,
+        memory_bytes=chosen.device.memory_bytes,
+        hosts=list(chosen.hosts),
+        why=prospects.why.text(),
+        choices=[choice.key for choice in prospects.choices],
+    )
+
+
+def look_out(services: Services, spec: JobSpec) -> Prospects:
+    """Raises UserErrors with all that is known to be impossible before a row of data is measured: of hosts and of the
     model."""
     now = services.clock()
     with services.database.read() as session:
@@ -30,7 +53,7 @@ def look_out(services: Services, spec: JobSpec, asked: str = "") -> Prospects:
         first = _taker(session, spec, [host.offer for host in hosts], now)
     faults = list(faults_of_model(spec, model, Loaded.of(model.shape)))
     try:
-        prospects = prospects_of(spec, hosts, first, asked)
+        prospects = prospects_of(spec, hosts, first)
     except USER_FAULTS as fault:
         raise UserErrors([*fault.errors, *faults]) from None
     if faults:

@@ -1,5 +1,6 @@
 """The web service's settings: environment or .env, each with where it came from, for `pegbox doctor`."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ DEFAULTS: dict[str, str] = {
     "PEGBOX_DATABASE_URL": "",
     "PEGBOX_REDIS_URL": "",
     "PEGBOX_URL": "",
+    "PEGBOX_PRICE_PER_GPU_HOUR": "",
+    "PEGBOX_CURRENCY": "",
 }
 
 
@@ -25,6 +28,8 @@ class Settings:
     database_url: str
     redis_url: str  # "" = no Redis: events and launches go by HTTP
     url: str  # how browsers and workers reach us
+    price_per_gpu_hour: float | None = None  # None: nothing is said of money
+    currency: str = ""
     values: Mapping[str, str] = field(default_factory=dict, compare=False)  # by the setting's name, as text
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -51,6 +56,18 @@ def read_dotenv(path: Path) -> dict[str, str]:
     return {key.strip(): value.strip().strip("\"'") for key, _, value in pairs}
 
 
+def _price(text: str) -> float | None:
+    if not text:
+        return None
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not 0 <= price < math.inf:
+        raise ValueError(f"PEGBOX_PRICE_PER_GPU_HOUR {text!r} is no price; write a number, such as 2.50")
+    return price
+
+
 def load_settings(environment: Mapping[str, str] | None = None, dotenv: Path = Path(".env")) -> Settings:
     """The environment wins over .env, .env over the default."""
     environment = os.environ if environment is None else environment
@@ -72,6 +89,8 @@ def load_settings(environment: Mapping[str, str] | None = None, dotenv: Path = P
         root_path=values["PEGBOX_ROOT_PATH"].rstrip("/"),
         database_url=values["PEGBOX_DATABASE_URL"] or f"sqlite:///{data_dir / 'pegbox.sqlite3'}",
         redis_url=values["PEGBOX_REDIS_URL"],
+        price_per_gpu_hour=_price(values["PEGBOX_PRICE_PER_GPU_HOUR"]),
+        currency=values["PEGBOX_CURRENCY"],
         url=(values["PEGBOX_URL"] or f"http://{host}:{port}").rstrip("/"),
         values=values,
         sources=sources,

@@ -230,11 +230,13 @@ def disk_of(plan: JobPlan) -> DiskPlan | None:
 
 @dataclass(frozen=True)
 class Pace:
-    """Of the steps: their seconds, the least and the most that they may take."""
+    """Of the steps: their seconds, the least and the most that they may take; and by what factors all else may be
+    off."""
 
     steps_s: float
     low_s: float
     high_s: float
+    around: tuple[float, float]
     startup_s: float | None
     basis: Basis
     why: Reason
@@ -255,16 +257,15 @@ def forecast_time(
     around_s = startup_s + (work.num_checkpoints + by_clock) * save_s + result_s
     factor, corrected = learn(history, pace.basis, likeness)
     if pace.basis == "formula" and corrected is not None:
-        middle = pace.steps_s
-        pace = Pace(middle, middle / FACTOR_OF_CORRECTED, middle * FACTOR_OF_CORRECTED, None, pace.basis, pace.why)
+        pace = _within(FACTOR_OF_CORRECTED, pace.steps_s, pace.why)
 
-    def whole(steps_s: float) -> float:
-        return factor * (steps_s * (1 + work.evaluation_share) + around_s)
+    def whole(steps_s: float, around: float) -> float:
+        return factor * (steps_s * (1 + work.evaluation_share) + around * around_s)
 
     return TimeForecast(
-        seconds=whole(pace.steps_s),
-        low_s=whole(pace.low_s),
-        high_s=whole(pace.high_s),
+        seconds=whole(pace.steps_s, 1.0),
+        low_s=whole(pace.low_s, pace.around[0]),
+        high_s=whole(pace.high_s, pace.around[1]),
         steps_s=pace.steps_s,
         basis=pace.basis,
         why=pace.why,
@@ -303,6 +304,7 @@ def _measured(
         steps_s=steps_s,
         low_s=min(steps_s * (1 - margin), amount / max(paces)),
         high_s=max(steps_s * (1 + margin), amount / min(paces)),
+        around=(1 - margin, 1 + margin),
         startup_s=median(starts) if starts else None,
         basis="trial" if is_trial else "history",
         why=Reason(f"forecast.{code}", told),
@@ -340,14 +342,11 @@ def _by_formula(plan: JobPlan, work: Work, device: Device) -> Pace | Reason:
     if plan.spec.compute.gradient_checkpointing:
         again = 3 / 2 if isinstance(plan.spec.method, Adapter) else 4 / 3
     steps_s = again * work.flops / (num_ranks * reached)
-    return Pace(
-        steps_s=steps_s,
-        low_s=steps_s / FACTOR_OF_FORMULA,
-        high_s=steps_s * FACTOR_OF_FORMULA,
-        startup_s=None,
-        basis="formula",
-        why=Reason(f"forecast.formula_{device.kind}", told),
-    )
+    return _within(FACTOR_OF_FORMULA, steps_s, Reason(f"forecast.formula_{device.kind}", told))
+
+
+def _within(factor: float, steps_s: float, why: Reason) -> Pace:
+    return Pace(steps_s, steps_s / factor, steps_s * factor, (1 / factor, factor), None, "formula", why)
 
 
 # -- what was learned ------------------------------------------------------------------------------------------------

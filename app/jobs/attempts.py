@@ -21,6 +21,7 @@ from typing import Any
 
 from sqlmodel import Session, col, func, select
 
+from app.history import remember
 from app.jobs.moves import Desired, move
 from app.tables import Attempt, Job
 from core.states import ON_A_HOST, Actor, JobState, Outcome
@@ -194,6 +195,7 @@ def _end(session: Session, attempt: Attempt, ending: Ending, now: float) -> None
 
 def _conclude(session: Session, job: Job, attempt: Attempt, ending: Ending, actor: Actor, *, now: float) -> bool:
     _end(session, attempt, ending, now)
+    remember(session, job, attempt, now)
     to, values = next_state(
         job,
         ending,

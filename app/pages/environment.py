@@ -38,6 +38,7 @@ FORMATS: tuple[Callable[..., str], ...] = (
     format.hours,
     format.money,
     format.deviation,
+    format.ratio,
     format.moment,
     format.iso,
     format.short_hash,

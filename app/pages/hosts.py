@@ -1,17 +1,22 @@
 """Hosts: what they offer, what they run, and what they refuse."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from sqlmodel import Session, col, select
 
+from app.history import read_history
 from app.pages.environment import fragment
 from app.pages.job_row import JobRow, read_rows
 from app.services import AnyServices, Services
 from app.tables import Host, Job
+from core.forecast import Accuracy, PastRun, accuracy
 from core.states import ON_A_HOST, JobState
 from core.wire import HOST_FRESH_S, DeviceLoad, HostBeat, HostReport
+
+LAST_JOBS = 20  # of a host, whose forecasts are looked back at
 
 router = APIRouter(include_in_schema=False)
 
@@ -25,8 +30,9 @@ def hosts_page(request: Request, services: AnyServices) -> Response:
         on_host: dict[str, list[tuple[JobRow, tuple[str, ...]]]] = {}
         for job, row in zip(_jobs_on_hosts(session), running, strict=True):
             on_host.setdefault(job.host or "", []).append((row, tuple(job.devices or ())))
+        history = read_history(session)
         hosts = [
-            _host(host, on_host.get(host.id, []), now)
+            _host(host, on_host.get(host.id, []), now) | {"kept_to": kept_to(host.id, history)}
             for host in session.exec(select(Host).order_by(col(Host.name), col(Host.id)))
         ]
     devices = [device for host in hosts for device in host["devices"]]
@@ -54,6 +60,15 @@ def _jobs_on_hosts(session: Session) -> list[Job]:
 def _queue(session: Session) -> list[Job]:
     order = (col(Job.priority).desc(), col(Job.queued_at), col(Job.id))
     return list(session.exec(select(Job).where(Job.state == JobState.QUEUED.value).order_by(*order).limit(100)))
+
+
+def kept_to(host: str, history: Sequence[PastRun]) -> list[tuple[str, Accuracy]]:
+    """How far forecasts of its last jobs were off, by what was forecast; nothing where none was."""
+    own = [run for run in history if run.host == host]
+    times = [ratio for run in own if (ratio := run.time_ratio) is not None]
+    peaks = [run.memory_ratio for run in own if run.memory_ratio is not None]
+    found = ((what, accuracy(ratios[:LAST_JOBS])) for what, ratios in (("time", times), ("memory", peaks)))
+    return [(what, each) for what, each in found if each is not None]
 
 
 def _host(host: Host, jobs: list[tuple[JobRow, tuple[str, ...]]], now: float) -> dict[str, Any]:

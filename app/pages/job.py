@@ -13,6 +13,7 @@ from fastapi.responses import RedirectResponse, Response
 from sqlmodel import Session, col, func, select
 
 from app.auth import Member
+from app.held import held_to
 from app.jobs import (
     JOBS_TOPIC,
     QUEUE_TOPIC,
@@ -32,6 +33,7 @@ from app.pages.format import count, exact, size
 from app.pages.job_row import count_states, read_rows
 from app.pages.preflight import told_choices
 from app.pages.spec_texts import spec_texts
+from app.pages.trial import trial_context
 from app.services import AnyServices, Services
 from app.tables import ArtifactRow, Attempt, CheckpointRow, Event, Host, Job
 from core.errors import N_
@@ -143,6 +145,7 @@ def job_context(session: Session, services: Services, job: Job, tab: str) -> dic
         "tab": tab,
         "actions": legal_actions(job),
         "parent": parent,
+        "trial": None,
         "last_lines": [],
     }
     if job.state == JobState.FAILED:
@@ -151,7 +154,8 @@ def job_context(session: Session, services: Services, job: Job, tab: str) -> dic
         context["last_lines"] = [line for line in lines if line["kind"] != "failure"][-LAST_LINES:]
     match tab:
         case "overview":
-            context["plan"] = planned(job)
+            context |= {"plan": planned(job)} | trial_context(session, job)
+            context["held"] = held_to(session, job, services.clock())
         case "config":
             spec = parse_spec(job.spec)
             context |= {

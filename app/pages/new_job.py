@@ -4,6 +4,7 @@ Whatever is wrong with what was typed is said beside the input, and what was typ
 transaction with the form's key: a button pressed twice, or a reply that got lost and a form sent again, is one job.
 """
 
+import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from sqlmodel import Session, select
 
 from app.auth import AnyCaller, Caller, Member
 from app.change import Origin
+from app.forecast import forecast_to_keep
 from app.forms import (
     ALTERNATIVES,
     CONTROLS,
@@ -30,12 +32,12 @@ from app.forms import (
 from app.jobs import JOBS_TOPIC, QUEUE_TOPIC, create_job, get_job
 from app.pages.preflight import preflight_context
 from app.pages.verdict import read_fix
-from app.profiles import refuse_unplannable
 from app.services import AnyServices, Services
 from app.tables import Dataset, IdempotentReply, Job
 from core.errors import USER_FAULTS, UserError
 from core.presets import PRESETS
 from core.spec import JobSpec, parse_spec
+from core.trial import AnyTrial, parse_trial
 
 router = APIRouter(include_in_schema=False)
 
@@ -65,7 +67,9 @@ class Beginning:
 
 
 @router.get("/jobs/new")
-def new_job_page(request: Request, services: AnyServices, preset: str = "", dataset: str = "") -> Response:
+def new_job_page(
+    request: Request, services: AnyServices, preset: str = "", dataset: str = "", learning_rate: str = ""
+) -> Response:
     origin_id = request.query_params.get("from")
     origin = None
     spec: Mapping[str, Any] = {}
@@ -79,7 +83,10 @@ def new_job_page(request: Request, services: AnyServices, preset: str = "", data
     if dataset:
         spec = {**spec, "data": {**spec.get("data", {}), "train": [{"dataset": dataset}]}}
     began = Beginning(preset, origin.id if origin else "")
-    return _page(request, services, state_of_spec(spec), began)
+    state = state_of_spec(spec)
+    if learning_rate:  # as a probe suggests it
+        state = state.with_inputs({"schedule.learning_rate": learning_rate})
+    return _page(request, services, state, began)
 
 
 @router.post("/jobs/new/yaml")
@@ -105,8 +112,9 @@ async def launch(request: Request, services: AnyServices, caller: Member) -> Res
     state = state_of_form(pairs)
     try:
         spec = parse_spec(spec_of_form(state))
-        await run_in_threadpool(refuse_unplannable, services, spec)
-        job_id = await run_in_threadpool(_launch_once, services, caller, key, spec)
+        trial = _trial_of(pairs)
+        forecast = await run_in_threadpool(forecast_to_keep, services, spec)
+        job_id = await run_in_threadpool(_launch_once, services, caller, key, spec, trial=trial, forecast=forecast)
     except USER_FAULTS as fault:
         return _page(request, services, state.with_errors(fault.errors), Beginning.of(pairs), key=key)
     services.wake.notify(QUEUE_TOPIC, JOBS_TOPIC)
@@ -120,18 +128,39 @@ async def preflight(request: Request, services: AnyServices, caller: AnyCaller) 
     state, began = state_of_form(pairs), Beginning.of(pairs)
     for fix in (value for name, value in pairs if name == "_fix"):
         state = state.with_inputs(read_fix(fix))
-    context = await run_in_threadpool(preflight_context, services, state, began.origin, is_locked=began.is_locked)
+    device = dict(pairs).get("_device", "")
+    context = await run_in_threadpool(
+        preflight_context, services, state, began.origin, is_locked=began.is_locked, device=device
+    )
     if "hx-request" in request.headers:
         return services.templates.TemplateResponse(request, "preflight.html", context)
     return _page(request, services, context["state"], began, preflight=context)
 
 
-def _launch_once(services: Services, caller: Caller, key: str, spec: JobSpec) -> str:
+def _trial_of(pairs: Sequence[tuple[str, str]]) -> AnyTrial | None:
+    """What the button that was pressed asks for, where it wasn't the launch."""
+    kind = dict(pairs).get("_trial")
+    return None if kind is None else parse_trial({"kind": kind})
+
+
+def _launch_once(
+    services: Services,
+    caller: Caller,
+    key: str,
+    spec: JobSpec,
+    *,
+    trial: AnyTrial | None,
+    forecast: dict[str, Any] | None,
+) -> str:
+    if trial is not None:
+        # One form is tried, changed and tried again, and launched in the end: what is tried is part of the key.
+        key = hashlib.sha256(f"{key} {trial.model_dump_json()} {spec.model_dump_json()}".encode()).hexdigest()
+    author: dict[str, Any] = {"who": caller.name, "owner": caller.user_id}
     with services.database.write() as session:
         before = session.get(IdempotentReply, (key, caller.owner, ROUTE))
         if before is not None and before.body is not None:
             return before.body.decode()
-        job = create_job(session, spec, now=services.clock(), who=caller.name, owner=caller.user_id)
+        job = create_job(session, spec, now=services.clock(), **author, trial=trial, forecast=forecast)
         session.add(
             IdempotentReply(
                 key=key,

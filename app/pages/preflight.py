@@ -1,5 +1,6 @@
 """The panel beside the form: what will happen, worked out by the functions that the trainer runs."""
 
+from contextlib import suppress
 from typing import Any
 
 from app.change import Origin, comparisons
@@ -13,22 +14,27 @@ from app.pages.packing_drawing import packing_context
 from app.pages.spec_texts import spec_texts
 from app.pages.verdict import button_of, lines_of_errors, lines_of_lock, lines_of_plan, lines_of_remarks
 from app.profiles import Wanted, estimate_plan, plan_for
+from app.prospects import look_out
 from app.services import Services
-from core.errors import TEXTS, USER_FAULTS, Reason
+from core.errors import TEXTS, USER_FAULTS, Reason, UserError
 from core.preflight import JobPlan
 from core.spec import JobSpec, parse_spec
+from core.unbuilt import refuse_unbuilt
 from core.verdict import saved_by_whole
 
-OF_HOSTS = ("model.", "profile.")  # errors that end without anything being typed
+OF_HOSTS = ("host.", "model.", "profile.")  # errors that end without anything being typed
 
 
 def preflight_context(
-    services: Services, state: FormState, origin: Origin | None = None, *, is_locked: bool = False
+    services: Services, state: FormState, origin: Origin | None = None, *, is_locked: bool = False, device: str = ""
 ) -> dict[str, Any]:
-    """What the panel shows of a form as it stands, held against what it began from."""
+    """What the panel shows of a form as it stands, held against what it began from; planned for `device` where the job
+    may come to it, else for the likeliest."""
     context: dict[str, Any] = {
         "state": state,
         "is_profiling": False,
+        "prospects": None,
+        "device": device,
         "waiting": None,
         "model": None,
         "may_pass": False,
@@ -42,7 +48,13 @@ def preflight_context(
     try:
         spec = parse_spec(spec_of_form(state))
         context["spec_texts"] = spec_texts(services, spec)
-        plan = plan_for(services, spec)
+        refuse_unbuilt(spec)
+        prospects = look_out(services, spec)
+        if device:
+            with suppress(UserError):  # one that it could come to before something else was changed
+                prospects = prospects.looking_at(device)
+        context["prospects"] = prospects
+        plan = plan_for(services, spec, prospects.device)
     except USER_FAULTS as fault:
         # A host that has the model may come at any moment; what was typed stays wrong until it is changed.
         may_pass = all(error.code.startswith(OF_HOSTS) for error in fault.errors)
@@ -55,7 +67,7 @@ def preflight_context(
     on_disk = lines_of_remarks(remarks_on_disk(services, forecast, spec))
     return context | {
         "forecast": forecast,
-        "verdict": [*lines_of_plan(plan), *on_disk, *(lines_of_lock(compared) if is_locked else ())],
+        "verdict": [*lines_of_plan(plan), *lines_of_remarks(prospects.remarks), *on_disk, *(lines_of_lock(compared) if is_locked else ())],
         "changes": [(each, each.change and button_of(each.change.keeps)) for each in compared],
         "report": _report(plan),
         "curve": draw_curve(plan),

@@ -6,7 +6,7 @@ button, and the server answers with the form filled so.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ from core.errors import N_, Reason, UserError
 from core.fix import ALTERNATIVES as ALTERNATIVES_OF_SPEC
 from core.fix import Fix, Value, fixes_of, told
 from core.preflight import JobPlan
-from core.verdict import verdict
+from core.verdict import Remark, verdict
 
 _CHOICE_TITLES = {choice.key: choice.title for choice in ALTERNATIVES}
 
@@ -86,9 +86,13 @@ def lines_of_errors(state: FormState) -> list[Line]:
 
 
 def lines_of_plan(plan: JobPlan) -> list[Line]:
+    return lines_of_remarks(verdict(plan))
+
+
+def lines_of_remarks(remarks: Iterable[Remark]) -> list[Line]:
     return [
         Line("warn", remark.field, input_of(remark.field), remark.said, _buttons(remark.fixes))
-        for remark in verdict(plan)
+        for remark in remarks
         if remark.level == "warning"
     ]
 

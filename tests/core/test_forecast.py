@@ -69,9 +69,10 @@ def test_jobs_like_it_give_the_pace_and_their_spread_the_range() -> None:
     found = time_of(plan, *(past(plan, pace) for pace in (1e9, 4e9, 2e9)))
     assert found.basis == "history" and found.steps_s == pytest.approx(flops / 2e9)
     assert found.why.parameters["num_jobs"] == 3 and "2 GFLOP/s" in found.why.text()
-    assert found.low_s and found.high_s and found.seconds and found.low_s < found.seconds < found.high_s
-    assert found.high_s - found.seconds == pytest.approx(flops / 1e9 - flops / 2e9)
-    assert found.seconds - found.low_s == pytest.approx(flops / 2e9 - flops / 4e9)
+    assert found.low_s and found.high_s and found.seconds
+    around_s = found.seconds - found.steps_s
+    assert found.high_s == pytest.approx(flops / 1e9 + 1.1 * around_s)
+    assert found.low_s == pytest.approx(flops / 4e9 + 0.9 * around_s)
     # The start is theirs too.
     without = past(plan, startup_s=None)
     assert time_of(plan, past(plan)).seconds == pytest.approx(
@@ -84,7 +85,7 @@ def test_one_job_or_equal_ones_still_leave_a_margin() -> None:
     one, several = time_of(plan, past(plan)), time_of(plan, past(plan), past(plan))
     for found, margin in ((one, module.MARGIN_OF_ONE), (several, module.MARGIN_OF_SEVERAL)):
         assert found.steps_s and found.high_s and found.seconds
-        assert found.high_s - found.seconds == pytest.approx(margin * found.steps_s)
+        assert found.high_s == pytest.approx((1 + margin) * found.seconds)
     assert one.why.code == "forecast.one_job"
 
 
@@ -133,8 +134,8 @@ def test_the_formula_is_a_share_of_the_peak_and_says_how_wrong_it_may_be() -> No
     found = time_of(plan, device=GPU)
     assert found.basis == "formula" and found.steps_s == pytest.approx(flops / (2 * 0.3 * 362e12))
     assert "right within a factor of 3" in found.why.text() and "362 TFLOP/s" in found.why.text()
-    assert found.seconds and found.high_s
-    assert found.high_s - found.seconds == pytest.approx(2 * found.steps_s)
+    assert found.seconds and found.high_s == pytest.approx(3 * found.seconds)
+    assert found.low_s == pytest.approx(found.seconds / 3)
     again = plan_on(GPU, parallel={"devices": 2}, compute={"gradient_checkpointing": True})
     assert time_of(again, device=GPU).steps_s == pytest.approx(1.5 * found.steps_s)
     assert time_of(plan_on()).steps_s == pytest.approx((work_of(plan_on(), None).flops or 0) / module.CPU_FLOPS)
@@ -187,8 +188,8 @@ def test_nothing_is_learned_twice() -> None:
     # Another model on this device has no pace yet, and the formula is as far off for it.
     other = plan_on(method={"type": "full"})
     found = time_of(other, seen)
-    assert found.basis == "formula" and found.correction == 3.0 and found.steps_s and found.seconds and found.high_s
-    assert found.high_s - found.seconds == pytest.approx(3.0 * found.steps_s * (module.FACTOR_OF_CORRECTED - 1))
+    assert found.basis == "formula" and found.correction == 3.0 and found.seconds
+    assert found.high_s == pytest.approx(module.FACTOR_OF_CORRECTED * found.seconds)
     elsewhere = likeness_of(plan, GPU)
     assert learn([seen], "formula", elsewhere)[1] is None
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.engine.jobs import make_data, make_job, make_model, run
+from app.kept import prune
+from app.tables import CheckpointRow
+from tests.engine.jobs import events_of, make_data, make_job, make_model, run
 from worker.engine.checkpoint import checkpoints_in, read_manifest
 
 EXACT = ("steps", "rows", "slots", "padding_efficiency", "trained_tokens")
@@ -94,7 +96,18 @@ def test_bytes_are_what_was_planned(
         assert lines[name]["actual"] == pytest.approx(lines[name]["predicted"], rel=0.02), name
     kept = [read_manifest(path).bytes for path in checkpoints_in(job / "checkpoints")]
     assert 2 <= len(kept) <= 3 and lines["kept_bytes"]["actual"] == sum(kept)
+    assert {path.name for path in checkpoints_in(job / "checkpoints")} == known_to_lie_there(job, keep_last=2)
     assert lines["kept_bytes"]["predicted"] == 3 * lines["checkpoint_bytes"]["predicted"]
+
+
+def known_to_lie_there(job: Path, keep_last: int) -> set[str]:
+    """What the web service makes of the events."""
+    standing: list[CheckpointRow] = []
+    losses = {event["step"]: event["eval_loss"] for event in events_of(job, "eval")}
+    for event in events_of(job, "checkpoint"):
+        row = CheckpointRow(job="j", attempt=1, step=event["step"], path=event["path"], bytes=1, created_at=0.0)
+        standing = prune([*standing, row], losses, keep_last=keep_last, keep_best=1)
+    return {Path(row.path).name for row in standing}
 
 
 def test_a_run_that_ends_before_its_first_step_is_held_to_nothing(

@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from core.certify import Curve
+from core.disk import checkpoint_bytes
+from core.spec import parse_spec
 from tests.engine import jobs
 from worker.engine import checkpoint
+from worker.engine.models import profile_model
 from worker.job_directory import LayoutTrial
 
 pytestmark = pytest.mark.timeout(900)  # of which most is a busy machine's
@@ -315,3 +318,17 @@ def test_a_killed_rank_ends_all_and_leaves_a_whole_checkpoint(ground: Ground, tm
 
 def children_of(pid: int) -> set[int]:
     return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+@pytest.mark.parametrize(("kind", "stage"), [(kind, stage) for kind, _, stages in RESUMED for stage in stages])
+def test_under_every_stage_a_run_is_what_was_planned(ground: Ground, kind: str, stage: int) -> None:
+    """Steps and rows of two ranks to the last one, a checkpoint's bytes to 2 %."""
+    job = ground.root / f"{kind}/{stage}"
+    (plan,), steps = jobs.events_of(job, "plan"), jobs.events_of(job, "step")
+    assert plan["totals"]["is_exact"] and plan["totals"]["steps"] == len(steps)
+    for name in ("rows", "slots", "tokens", "trained_tokens"):
+        assert plan["totals"][name] == sum(step[name] for step in steps)
+    shape = profile_model(ground.model, "tests/tiny").shape
+    assert shape is not None
+    planned = checkpoint_bytes(parse_spec(json.loads((job / "spec.json").read_bytes())), shape)
+    assert jobs.events_of(job, "checkpoint")[-1]["bytes"] == pytest.approx(planned, rel=0.02)

@@ -133,7 +133,7 @@ async def preflight(request: Request, services: AnyServices, caller: AnyCaller) 
         preflight_context, services, state, began.origin, is_locked=began.is_locked, device=device
     )
     if "hx-request" in request.headers:
-        return services.templates.TemplateResponse(request, "preflight.html", context)
+        return services.templates.TemplateResponse(request, "preflight.html", context | {"is_page": False})
     return _page(request, services, context["state"], began, preflight=context)
 
 
@@ -227,6 +227,8 @@ def _page(
     shown_advanced = _notable(state)
     faulty = {group_of(input) for input, found in state.errors.items() if found}
     context = {
+        **(preflight or {}),
+        "is_page": True,
         "state": state,
         "sections": SECTIONS,
         "presets": PRESETS,
@@ -239,7 +241,7 @@ def _page(
         "yaml_error": yaml_error,
         "shown_advanced": shown_advanced,
         "open_groups": OPEN_GROUPS | faulty | {CONTROLS[key].group for key in shown_advanced},
-        "preflight": preflight,
+        "has_preflight": preflight is not None,
     }
     status = 422 if state.all_errors or yaml_error else 200
     return services.templates.TemplateResponse(request, "new_job.html", context, status_code=status)

@@ -321,3 +321,20 @@ def test_without_the_browser_files_every_page_works_and_says_so(
         page = browser.get(path)
         assert page.status_code == 200 and "python -m app.vendor" in page.text, path
         assert "/static/vendor/" not in page.text and "hx-sse:connect" not in page.text, path
+
+
+def test_the_launch_button_says_why_it_is_disabled(house: House) -> None:
+    connect_host(house)
+    put_data(house)
+    browser = house.browser("bob")
+    asked = {"HX-Request": "true"}
+    wrong = filled(browser, **{"schedule.learning_rate": "-1", "data.max_length": "0"})
+    panel = browser.post("/jobs/preflight", data=wrong, headers=asked).text
+    row = panel.partition('<hx-partial hx-target="#launch-row"')[2].partition("</hx-partial>")[0]
+    assert 'aria-disabled="true" aria-describedby="launch-why"' in row and "2 things have to be corrected" in row
+    right = browser.post("/jobs/preflight", data=filled(browser), headers=asked).text
+    assert "hx-partial" in right and "aria-disabled" not in right
+    # Without JavaScript the page says the same, once.
+    page = browser.post("/jobs/preflight", data=wrong).text
+    assert page.count('id="launch"') == 1 and "hx-partial" not in page
+    assert "2 things have to be corrected" in page

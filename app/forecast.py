@@ -144,10 +144,10 @@ class ForecastView(BaseModel):
     seconds: float | None
     low_s: float | None
     high_s: float | None
-    steps_s: float | None  # of the steps alone, before the correction
+    steps_s: float | None  # of the steps alone, by their pace
     basis: Basis | None
     why: str
-    correction: float  # that is in all of these
+    correction: float  # that is in the first three
     corrected: str | None  # what it was learned from
     device_kind: Literal["gpu", "cpu"]
     devices: int

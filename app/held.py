@@ -77,7 +77,7 @@ def _predicted(job: Job, forecast: Forecast | None) -> dict[str, float | None]:
         "steps": forecast.totals.steps,
         "steps_per_epoch": forecast.steps_per_epoch,
         "memory_peak_bytes": forecast.planned_peak_bytes,
-        "steps_s": None if time.steps_s is None else share * time.correction * time.steps_s,
+        "steps_s": None if time.steps_s is None else share * time.steps_s,
         "seconds": time.seconds,
     }
     if disk is not None:

@@ -566,6 +566,10 @@ TEXTS: dict[str, str] = {
     "profile.failed": N_("{dataset} could not be measured: {error}"),
     "profile.no_device": N_("no host that has the model {name} offers a device; see the page of hosts for the reason"),
     "profile.taken": N_("the profile {profile} is {state} already"),
+    "verdict.half_on_cpu": N_(
+        "a CPU computes {dtype} slowly unless it has instructions for it: without, a product of two matrices took 80 "
+        "times as long as in fp32; set compute.dtype to auto, which takes fp32 there"
+    ),
     "verdict.host_draining": N_(
         "the only host that could run it, {host}, is being drained; the job waits until it is back"
     ),
@@ -580,8 +584,19 @@ TEXTS: dict[str, str] = {
     ),
     "verdict.lock": N_("the optimisation is locked, and these settings change it: {what}"),
     "verdict.lock_unknown": N_("the optimisation is locked, but cannot be checked: {why}"),
+    "verdict.memory_short": N_(
+        "by estimate {needed} are needed of the {available} of {device}, so expect it to run out of memory in its "
+        "first pass; take a shorter data.max_length, method.type qlora, more devices or a larger one"
+    ),
     "verdict.no_bf16": N_(
         "{device} has no bf16 and emulates it, slower than fp32; set compute.dtype to auto, which takes what it has"
+    ),
+    "verdict.no_room_for_longer": N_(
+        "the longest sample has {longest:,} tokens, and by estimate {device} has room for samples of {fits:,}, so no "
+        "longer max_length is offered"
+    ),
+    "verdict.paged_on_cpu": N_(
+        "a CPU has no memory to page out to, so paged_adamw_8bit runs as adamw_8bit there; set optimizer.name to that"
     ),
     "verdict.rows_beyond_max_samples": N_("{count:,} of {total:,} rows are left out by data.max_samples"),
     "verdict.rows_held_out": N_("{count:,} of {total:,} rows are held out for validation"),
@@ -670,7 +685,7 @@ TEXTS: dict[str, str] = {
         "a formula, right within a factor of {factor}: the work at {percent} % of {peak}, the peak of {device} in "
         "{dtype}. The first job or dry run there gives a measured pace"
     ),
-    "forecast.jobs": N_("measured: the last {num_jobs} jobs like this on {device} made {pace}"),
+    "forecast.jobs": N_("the last {num_jobs} jobs like this on {device} ran at {pace}"),
     "forecast.learned": N_("the last {num_jobs} jobs like this took {ratio}x what was planned; that is included"),
     "forecast.learned_one": N_("the last job like this took {ratio}x what was planned; that is included"),
     "forecast.memory": N_("peak memory of the last {num_jobs} jobs like this was {percent} % of their plan"),
@@ -683,9 +698,9 @@ TEXTS: dict[str, str] = {
         "on {device} gives a pace"
     ),
     "forecast.not_measured": N_("its data had not been measured when it was launched, so nothing was forecast"),
-    "forecast.one_job": N_("measured: the last job like this on {device} made {pace}"),
+    "forecast.one_job": N_("the last job like this on {device} ran at {pace}"),
     "forecast.starts": N_("starts at once on {devices} of {host}"),
-    "forecast.trial": N_("measured: a dry run of {steps} steps on {device} made {pace}"),
+    "forecast.trial": N_("a dry run of {steps} steps on {device} ran at {pace}"),
     # -- trial: a few steps for what they tell -------------------------------------------------------------------
     "trial.all_diverged": N_(
         "every rate diverged, also the smallest, {smallest}; probe again around {lower}, or look for what is wrong "

@@ -128,10 +128,10 @@ class TimeForecast(BaseModel):
     seconds: float | None  # from the start on a host to the end; None where nothing is known to tell it from
     low_s: float | None = None
     high_s: float | None = None
-    steps_s: float | None = None  # of the steps alone
+    steps_s: float | None = None  # of the steps alone, by their pace
     basis: Basis | None = None
     why: Reason
-    correction: float = 1.0  # that is in all of these
+    correction: float = 1.0  # that is in the time in all, the least and the most
     corrected: Reason | None = None
 
     @property
@@ -298,7 +298,7 @@ def _measured(
         "num_jobs": len(found),
         "steps": found[0].steps,
     }
-    told["pace"] = f"{amount / steps_s / 1e9:.3g} GFLOP/s" if in_flops else f"{amount / steps_s:,.0f} positions/s"
+    told["pace"] = _flops_text(amount / steps_s) if in_flops else f"{amount / steps_s:,.0f} positions/s"
     code = "trial" if is_trial else "one_job" if len(found) == 1 else "jobs"
     return Pace(
         steps_s=steps_s,
@@ -309,6 +309,11 @@ def _measured(
         basis="trial" if is_trial else "history",
         why=Reason(f"forecast.{code}", told),
     )
+
+
+def _flops_text(pace: float) -> str:
+    unit, factor = next((each for each in (("P", 1e15), ("T", 1e12), ("G", 1e9)) if pace >= each[1]), ("M", 1e6))
+    return f"{pace / factor:.3g} {unit}FLOP/s"
 
 
 def _best(alike: Sequence[PastRun], packing: str, host: str | None) -> list[PastRun]:
@@ -333,10 +338,10 @@ def _by_formula(plan: JobPlan, work: Work, device: Device) -> Pace | Reason:
     told: dict[str, str | int | float] = {"device": device.name, "factor": f"{FACTOR_OF_FORMULA:g}", "ranks": num_ranks}
     if peak is None:
         reached = CPU_FLOPS
-        told |= {"pace": f"{CPU_FLOPS / 1e9:g} GFLOP/s"}
+        told |= {"pace": _flops_text(CPU_FLOPS)}
     else:
         reached = SHARE_OF_PEAK * peak
-        told |= {"peak": f"{peak / 1e12:g} TFLOP/s", "dtype": dtype, "percent": round(100 * SHARE_OF_PEAK)}
+        told |= {"peak": _flops_text(peak), "dtype": dtype, "percent": round(100 * SHARE_OF_PEAK)}
     # Recomputed activations are a forward pass more.
     again = 1.0
     if plan.spec.compute.gradient_checkpointing:

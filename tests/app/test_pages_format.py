@@ -69,3 +69,21 @@ def test_a_duration_never_shows_a_whole_larger_unit(seconds: float) -> None:
 def test_what_is_unknown_is_a_dash() -> None:
     functions = (format.count, format.size, format.percent, format.loss, format.rate, format.duration, format.moment)
     assert {function(None) for function in functions} == {format.DASH}
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, "0 %"), (0.0431, "+4.3 %"), (-0.5, "-50.0 %"), (12.3, "+1,230 %"), (0.0001, "+0.010 %")]
+)
+def test_a_deviation_that_is_not_0_is_not_told_as_0(share: float, text: str) -> None:
+    assert format.deviation(share) == text
+
+
+def test_money_is_told_to_the_cent_and_less_than_one_as_that() -> None:
+    assert (
+        format.money(1234.5, "EUR") == "1,234.50 EUR" and format.money(0.001) == "< 0.01" and format.money(0) == "0.00"
+    )
+
+
+def test_hours_keep_three_digits() -> None:
+    assert [format.hours(value) for value in (0.01234, 4.5, 1234.4)] == ["0.0123", "4.50", "1,234"]
+    assert format.ratio(1.234) == "123 %"

@@ -3,7 +3,7 @@
 from pydantic import BaseModel
 
 from core.memory import Offload, Term
-from core.memory_report import MemoryReport, Way
+from core.memory_report import AttentionPath, MemoryReport, Way
 from core.placement import Stage
 
 
@@ -35,6 +35,7 @@ class Memory(BaseModel):
     most_rows: int | None  # that a step can have on a device: no larger micro-batch was tried
     largest_max_length: int | None  # likewise, of samples and rows, in tokens; 0: not even 64
     context_length: int | None  # tokens, the model's: no longer one was tried
+    attention_bytes: dict[AttentionPath, int]  # in all, of the chosen way by each path that attention may take
     ways: list[MemoryWay]
 
 
@@ -53,6 +54,7 @@ def memory_of(report: MemoryReport) -> Memory:
         most_rows=limits and limits.most_rows,
         largest_max_length=limits and limits.largest_max_length,
         context_length=limits and limits.context_length,
+        attention_bytes={path: plan.total for path, plan in report.by_attention.items()},
         ways=[_way(way) for way in report.ways],
     )
 

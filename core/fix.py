@@ -40,6 +40,39 @@ def default_warmup(total_steps: int, given: str | None) -> Fix:
     return one_of(WARMUPS, "schedule.warmup_steps", resolve_warmup_steps(total_steps, 1).steps, given)
 
 
+# What does not depend on the numbers of a fault.
+_MENDED_BY: Mapping[str, tuple[Fix, ...]] = {
+    "spec.algorithm_needs_packed": ({"packing.algorithm": "best_fit"},),
+    "spec.wrapped_needs_rows": ({"packing.algorithm": "best_fit"},),
+    "spec.offload_needs_adamw": ({"optimizer.name": "adamw"}, {"parallel.offload": "none"}),
+    "spec.adapter_needs_method": ({"model.adapter": None},),
+    "plan.wrapped_to_nothing": ({"packing.algorithm": "best_fit"},),
+    "plan.overlong_context": ({"data.overlong": "split"},),
+    "plan.overlong_memory": ({"data.overlong": "split"},),
+    "plan.compile_on_cpu": ({"compute.compile": False},),
+    "plan.flex_on_cpu": ({"compute.attention": "auto"},),
+    "plan.offload_on_cpu": ({"parallel.offload": "none"},),
+    "host.no_compiler": ({"parallel.offload": "none"},),
+    "host.no_deepspeed": ({"parallel.zero_stage": 0, "parallel.offload": "none"},),
+    "zero.cpu_adam": ({"parallel.offload": "none"},),
+    "zero.offload_stage": ({"parallel.zero_stage": "auto"}, {"parallel.offload": "none"}),
+    "zero.offload_params": ({"parallel.offload": "optimizer"}, {"parallel.zero_stage": 3}),
+    "zero.fp16": ({"compute.dtype": "auto"}, {"compute.dtype": "bf16"}),
+    **dict.fromkeys(
+        ("zero.qlora", "zero.experts", "zero.expert_modules", "zero.vision", "zero.new_tokens"),
+        ({"parallel.zero_stage": 2}, {"parallel.zero_stage": "auto", "parallel.offload": "auto"}),
+    ),
+    "engine.attention_refused": ({"compute.attention": "auto"},),
+    "engine.compile_sharded": ({"compute.compile": False},),
+    "engine.no_layers": ({"compute.compile": False},),
+    "engine.no_targets": ({"method.exclude_modules": []},),
+    "engine.too_few_quantised": ({"method.type": "lora"},),
+    "engine.leak": ({"packing.mode": "padded", "packing.algorithm": "best_fit"},),
+}
+# These lists may name what cannot be adapted; all-linear never does.
+_OF_TARGETS = frozenset({"engine.unknown_module", "engine.not_adaptable", "engine.tied_target"})
+
+
 def fixes_of(error: UserError) -> tuple[Fix, ...]:  # noqa: PLR0911 - a table
     """None where a person has to think."""
     said: Any = error.parameters
@@ -50,64 +83,21 @@ def fixes_of(error: UserError) -> tuple[Fix, ...]:  # noqa: PLR0911 - a table
             return ({"packing.row_length": said["max_length"]},)
         case "spec.warmup_longer_than_run":
             return (default_warmup(said["total_steps"], error.field),)
-        case "spec.algorithm_needs_packed" | "spec.wrapped_needs_rows" | "plan.wrapped_to_nothing":
-            return ({"packing.algorithm": "best_fit"},)
-        case "spec.offload_needs_adamw":
-            return ({"optimizer.name": "adamw"}, {"parallel.offload": "none"})
-        case "spec.adapter_needs_method":
-            return ({"model.adapter": None},)
         case "plan.above_context":
             return ({"data.max_length": said["context_length"]},)
         case "plan.overlong" if said["longest"] <= said["context_length"]:
             return (longer_samples(said["longest"], said["row_length"] or None), {"data.overlong": "split"})
-        case "plan.overlong" | "plan.overlong_context":
+        case "plan.overlong":
             return ({"data.overlong": "split"},)
-        case "plan.compile_on_cpu":
-            return ({"compute.compile": False},)
-        case "plan.flex_on_cpu" | "engine.attention_refused":
-            return ({"compute.attention": "auto"},)
-        case "plan.offload_on_cpu" | "host.no_compiler" | "zero.cpu_adam":
-            return ({"parallel.offload": "none"},)
-        case _ if error.code.startswith(("zero.", "engine.", "host.")):
-            return _fixes_of_ways(error)
-    return ()
-
-
-def _fixes_of_ways(error: UserError) -> tuple[Fix, ...]:  # noqa: PLR0911 - a table
-    """Of what a stage, a method or a host cannot do."""
-    said: Any = error.parameters
-    match error.code:
-        case "zero.offload_stage":
-            return ({"parallel.zero_stage": "auto"}, {"parallel.offload": "none"})
-        case "zero.offload_params":
-            return ({"parallel.offload": "optimizer"}, {"parallel.zero_stage": 3})
-        case "zero.fp16":
-            return ({"compute.dtype": "auto"}, {"compute.dtype": "bf16"})
-        case "zero.qlora" | "zero.experts" | "zero.vision" | "zero.new_tokens" | "zero.expert_modules":
-            return ({"parallel.zero_stage": "auto"}, {"parallel.zero_stage": 2})
-        case "engine.compile_sharded" | "engine.no_layers":
-            return ({"compute.compile": False},)
-        case "engine.too_few_quantised":
-            return ({"method.type": "lora"},)
-        case "engine.fused_experts":
-            return ({error.field: 0.0 if error.field == "method.dropout" else False},)
-        case "engine.unknown_module" | "engine.not_adaptable" | "engine.tied_target" if _is_of_targets(error):
-            return ({"method.target_modules": "all-linear"},)
-        case "engine.no_targets":
-            return ({"method.exclude_modules": []},)
-        case "engine.leak":
-            return ({"packing.mode": "padded", "packing.algorithm": "best_fit"},)
         case "host.too_few_gpus" | "host.too_few_cpus":
             return ({"parallel.devices": said["most"]},)
-        case "host.no_deepspeed":
-            return ({"parallel.zero_stage": 0, "parallel.offload": "none"},)
         case "host.no_bitsandbytes":
             return ({"method.type": "lora"} if error.field == "method.type" else {"optimizer.name": "adamw"},)
-    return ()
-
-
-def _is_of_targets(error: UserError) -> bool:
-    return error.field == "method.target_modules"
+        case "engine.fused_experts":
+            return ({error.field: 0.0 if error.field == "method.dropout" else False},)
+        case code if code in _OF_TARGETS and error.field == "method.target_modules":
+            return ({"method.target_modules": "all-linear"},)
+    return _MENDED_BY.get(error.code, ())
 
 
 def applied(spec: JobSpec, fix: Fix) -> dict[str, Any]:

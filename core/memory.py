@@ -36,6 +36,34 @@ TERM_TITLES: dict[Term, str] = {
     "process": N_("process and libraries"),
 }
 
+# How `estimate_memory` works each out, for a page. T trained parameters, F bytes of the frozen ones, R devices,
+# L layers, n tokens of the largest forward pass, h hidden size, V vocabulary; c bytes of a number that is computed with
+# and r of one that passes from layer to layer: 4 if all is trained, else c.
+TERM_FORMULAS: dict[Term, str] = {
+    "weights": N_("4 T + F; over R under stage 3; none here if weights are offloaded"),
+    "gradients": N_("4 T; over R from stage 2 on; none here under offload"),
+    "moments": N_(
+        "8 T with adamw; in 8 bits 2 T and 8 bytes for every 256 values, if paged those 8 bytes alone; over R from "
+        "stage 1 on; none here under offload"
+    ),
+    "masters": N_("4 T / R from stage 1 on; none under stage 0 or offload"),
+    "activations": N_(
+        "L times what a layer keeps of n tokens, and n h (4 + 3 r) around the layers, 4 n h more if all is trained; "
+        "with checkpointing L n h r and one layer's in place of all layers'"
+    ),
+    "working": N_(
+        "the larger of a chunk of logits (8 V a row, c V more in 16 bits, and a trained head's gradient) and what is "
+        "under way in a layer (2 c n times the width of its MLP, and a trained matrix' gradient); 4 V h of a trained "
+        "head; c times the row's length squared of a dense mask"
+    ),
+    "casts": N_("c for each value of a trained matrix in 16 bits, over L with checkpointing; none where LoRA is fused"),
+    "gathered": N_(
+        "none on one device without ZeRO; two buckets of 4 T, at most 32 MiB each, 64 MiB from stage 1 on; under "
+        "stage 3 also 4 T + F, of at most a billion values"
+    ),
+    "process": N_("what driver and libraries hold: 1,200 MiB on a GPU, 450 MiB on a CPU"),
+}
+
 FP32 = 4  # bytes
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # NF4 with double quantisation: 4 bits, a byte for every 64 values, fp32 for every 256 of those.

@@ -69,6 +69,8 @@ class MemoryReport:
     context_length: int = 0  # tokens, the model's
     # The chosen way by the paths that attention may take; what it is held to is the path of the spec.
     by_attention: Mapping[AttentionPath, MemoryPlan] = field(default_factory=dict)
+    largest: LargestPass | None = None  # that is planned for
+    attention: str = ""  # the path that the plan counts: flex keeps what flash keeps
     unknown: Reason | None = None  # which sizes of the model are missing
 
     @property
@@ -130,9 +132,7 @@ def report_memory(
         return plan_of(chosen, largest).total <= usable
 
     def of_length(length: int) -> LargestPass:
-        """Samples so long that each fills its row, as many as a pass takes."""
-        tokens = min(micro_batch_size, most_rows) * length
-        return LargestPass(tokens, tokens if spec.packing.mode == "padding_free" else length, length)
+        return bounds.of_length(length, micro_batch_size, is_one_row=spec.packing.mode == "padding_free")
 
     def by_attention() -> Iterator[tuple[AttentionPath, MemoryPlan]]:
         for path in ATTENTION_PATHS:
@@ -165,6 +165,8 @@ def report_memory(
         most_rows=most_rows,
         largest_max_length=longest,
         context_length=context_length,
+        largest=largest,
+        attention="flash" if spec.compute.attention in ("auto", "flex") else spec.compute.attention,
         by_attention={} if fault(spec, stage, offload, model) else dict(by_attention()),
     )
 

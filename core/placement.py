@@ -67,6 +67,11 @@ class StepBounds:
             return LargestPass(tokens, tokens, self.longest)
         return LargestPass(rows * self.row, self.row, self.longest)
 
+    def of_length(self, length: int, micro_batch_size: int, *, is_one_row: bool) -> LargestPass:
+        """With samples of so many tokens instead, each of which fills its row."""
+        tokens = min(micro_batch_size, self.rows) * length
+        return LargestPass(tokens, tokens if is_one_row else length, length)
+
 
 def step_bounds(settings: PlanSettings, lengths: Sequence[int] | IntArray) -> StepBounds:
     """`lengths` are those of the trained samples; a set of weight w may bring each of them ceil(w) times a step."""
@@ -142,6 +147,17 @@ def place(
     fitting = [way for way in ways if way[3].total <= USABLE_SHARE * available]
     stage, offload, recompute, plan = fitting[0] if fitting else min(ways, key=lambda way: way[3].total)
     return Placement(stage, offload, recompute, plan, _reasons(spec, ways, fitting, available))
+
+
+def has_room_for(
+    spec: JobSpec, shape: Architecture | None, device: Device, bounds: StepBounds, length: int, *, loaded: Loaded
+) -> bool:
+    """Whether samples of so many tokens, each filling its row, fit in some way that `spec` leaves open, as many as a
+    pass takes; True where there is no estimate. Its dtype and attention are resolved."""
+    largest = bounds.of_length(length, spec.batch.micro_batch_size, is_one_row=spec.packing.mode == "padding_free")
+    compute = spec.compute
+    placed = place(spec, shape, device, largest, dtype=compute.dtype, attention=compute.attention, loaded=loaded)
+    return placed.plan is None or placed.plan.total <= USABLE_SHARE * available_bytes(spec, device)
 
 
 def load_of(

@@ -6,14 +6,15 @@ which are held out (core.selection), `auto` and its reasons, the optimizer steps
 can't differ.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
 from core.architecture import Architecture
-from core.errors import Reason, UserError
+from core.errors import USER_FAULTS, Reason, UserError
 from core.events import Choice
+from core.fix import applied, fixes_of
 from core.flops import attention_flops, matrix_flops
 from core.layout import (
     MicroBatch,
@@ -31,13 +32,13 @@ from core.memory import count_adapter_parameters
 from core.memory_report import MemoryReport, report_memory
 from core.overlap import Overlap, find_overlap
 from core.packing import BatchBy, PlanSettings, RunPlan, SampleSet, Segment, Step, plan_run
-from core.placement import LargestPass, StepBounds, place, step_bounds
+from core.placement import LargestPass, StepBounds, has_room_for, place, step_bounds
 from core.presets import auto_attention, auto_dtype, auto_learning_rate
 from core.profile import DataProfile, ModelProfile
 from core.refusals import refuse
 from core.schedule import Schedule, curve, resolve_warmup_steps
 from core.selection import Selection, choice, select, selected_by, sets_of
-from core.spec import Adapter, JobSpec, batch_key
+from core.spec import Adapter, JobSpec, batch_key, parse_spec
 from core.unbuilt import refuse_unbuilt
 from core.wire import Device
 from core.zero import Loaded
@@ -248,6 +249,19 @@ class JobPlan:
             loaded=self.loaded,
         )
 
+    def has_room_for(self, length: int) -> bool:
+        """Whether samples of so many tokens, each filling its row, fit by estimate in some way that was not ruled out;
+        True where the model's sizes are not known."""
+        auto = {choice.field for choice in self.choices}
+        parallel, compute = self.spec.parallel, self.spec.compute
+        left = {"zero_stage": "auto"} if "parallel.zero_stage" in auto else {}
+        left |= {"offload": "auto"} if "parallel.offload" in auto else {}
+        recompute = {"gradient_checkpointing": "auto"} if "compute.gradient_checkpointing" in auto else {}
+        spec = self.spec.model_copy(
+            update={"parallel": parallel.model_copy(update=left), "compute": compute.model_copy(update=recompute)}
+        )
+        return has_room_for(spec, self.model.shape, self.device, self.bounds, length, loaded=self.loaded)
+
     def learning_rates(self) -> list[float]:
         """The planned rate of steps 0 to n."""
         return curve(self.schedule)
@@ -297,11 +311,14 @@ def plan_job(
     loaded = Loaded.of(model.shape, max(facts.num_new_tokens for facts in data.values()))
     refuse(spec, model, device, loaded)
     memo = memo or Memo(KEPT_OF_ONE)
-    selection = memo.get(
-        ("selection", *selected_by(spec), model.context_length),
-        tuple(data[name] for name in sets_of(spec)),
-        lambda: select(spec, data, model.context_length),
-    )
+    try:
+        selection = memo.get(
+            ("selection", *selected_by(spec), model.context_length),
+            tuple(data[name] for name in sets_of(spec)),
+            lambda: select(spec, data, model.context_length),
+        )
+    except UserError as error:
+        raise _of_what_fits(error, spec, lambda longer: plan_job(longer, data, model, device, memo)) from None
     max_length = selection.max_length
     settings = PlanSettings(
         mode=spec.packing.mode,
@@ -348,6 +365,21 @@ def plan_job(
         min_lr_ratio=given.min_lr_ratio,
     )
     return JobPlan(resolved, choices, selection, settings, run, schedule, model, device, bounds, loaded, memo)
+
+
+def _of_what_fits(error: UserError, spec: JobSpec, plan_of: Callable[[JobSpec], JobPlan]) -> UserError:
+    """A limit that takes every sample is no remedy where memory has no room for it: then the fault says so."""
+    longer = next((fix for fix in fixes_of(error) if "data.max_length" in fix), None)
+    if error.code != "plan.overlong" or longer is None:
+        return error
+    try:
+        memory = plan_of(parse_spec(applied(spec, longer))).memory
+    except USER_FAULTS:
+        return error
+    if memory.chosen is None or memory.chosen.fits:
+        return error
+    said = {**error.parameters, "fits": memory.largest_max_length, "device": memory.device.name}
+    return UserError("plan.overlong_memory", error.field, **said)
 
 
 def _resolve(

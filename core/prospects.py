@@ -7,7 +7,7 @@ whatever becomes free.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from core.errors import Parameter, Reason, UserError, UserErrors
 from core.fix import Fix, fixes_of
@@ -54,12 +54,27 @@ class Prospects:
     def device(self) -> Device:
         return self.chosen.device
 
+    def looking_at(self, asked: str) -> "Prospects":
+        """With another device to plan for, by its key, its name or a host's. Raises UserError host.unknown_device."""
+        likeliest = self.choices[0]
+        for is_meant in (
+            lambda choice: asked == choice.key,
+            lambda choice: asked in choice.hosts,
+            lambda choice: asked == choice.device.name,
+        ):
+            chosen = next(filter(is_meant, self.choices), None)
+            if chosen is likeliest:
+                return self
+            if chosen is not None:
+                told: dict[str, Parameter] = {"host": likeliest.hosts[0], "device": likeliest.device.name}
+                return replace(self, chosen=chosen, why=Reason("host.looked_at", told))
+        known = ", ".join(choice.key for choice in self.choices)
+        raise UserError("host.unknown_device", "device", name=asked, known=known)
 
-def prospects_of(spec: JobSpec, hosts: Sequence[KnownHost], first: str | None, asked: str = "") -> Prospects:
+
+def prospects_of(spec: JobSpec, hosts: Sequence[KnownHost], first: str | None) -> Prospects:
     """`hosts` are all that there are. `first` is the id of the one to which the dispatcher would give the job now, if
-    any. `asked` names a device or a host to look at; empty: the likeliest.
-
-    Raises UserErrors for what no host can do, UserError host.unknown_device."""
+    any. Raises UserErrors for what no host can do."""
     job = queued(spec, 0.0)
     offers = [host.offer for host in hosts]
     ranked = sorted(likeliest(job, offers), key=lambda offer: offer.id != first)
@@ -68,8 +83,7 @@ def prospects_of(spec: JobSpec, hosts: Sequence[KnownHost], first: str | None, a
     by_id = {host.offer.id: host for host in hosts}
     able = [by_id[offer.id] for offer in ranked]
     choices = _choices(able, job.num_ranks)
-    chosen = _asked(choices, asked) if asked else choices[0]
-    return Prospects(choices, chosen, _why(job, able, choices, chosen), tuple(_remarks(spec, job, hosts, able)))
+    return Prospects(choices, choices[0], _why(job, ranked[0], choices), tuple(_remarks(spec, job, hosts, able)))
 
 
 def queued(spec: JobSpec, now: float) -> QueuedJob:
@@ -146,23 +160,7 @@ def _choices(hosts: Sequence[KnownHost], num_ranks: int) -> tuple[DeviceChoice, 
     )
 
 
-def _asked(choices: Sequence[DeviceChoice], asked: str) -> DeviceChoice:
-    """By key, by host, or the likeliest device of that name."""
-    for matches in (
-        lambda choice: asked == choice.key,
-        lambda choice: asked in choice.hosts,
-        lambda choice: asked == choice.device.name,
-    ):
-        for choice in choices:
-            if matches(choice):
-                return choice
-    raise UserError("host.unknown_device", "device", name=asked, known=", ".join(choice.key for choice in choices))
-
-
-def _why(job: QueuedJob, able: Sequence[KnownHost], choices: Sequence[DeviceChoice], chosen: DeviceChoice) -> Reason:
-    likely, first = able[0].offer, choices[0]
-    if chosen != first:
-        return Reason("host.looked_at", {"host": likely.name, "device": first.device.name})
+def _why(job: QueuedJob, likely: HostOffer, choices: Sequence[DeviceChoice]) -> Reason:
     if len(choices) == 1:
         return Reason("host.all_alike", {})
     return Reason("host.starts" if _starts(job, likely) else "host.likeliest", {"host": likely.name})

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from core.errors import Parameter, Reason
-from core.fix import WARMUPS, Fix, default_warmup, longer_samples
+from core.fix import WARMUPS, Fix, Value, default_warmup, longer_samples
+from core.memory_report import LENGTH_STEP
+from core.placement import size
 from core.preflight import JobPlan
 
 Level = Literal["warning", "info"]
@@ -44,11 +46,10 @@ def verdict(plan: JobPlan) -> Iterator[Remark]:
             said = Reason(f"verdict.{key}", {"count": counts[key], "total": counts[total]})
             yield Remark(level, field, said, _fixes(plan, key))
     yield from _of_overlap(plan)
+    yield from _of_room_for_longer(plan)
     yield from _of_warmup(plan)
-    device = plan.device
-    if device.kind == "gpu" and plan.spec.compute.dtype == "bf16" and not device.has_bf16:
-        said = Reason("verdict.no_bf16", {"device": device.name})
-        yield Remark("warning", "compute.dtype", said, ({"compute.dtype": "auto"},))
+    yield from _of_device(plan)
+    yield from _of_memory(plan)
     saved = saved_by_whole(counts)
     if saved is not None:
         yield Remark("info", "data.multi_turn", saved)
@@ -74,12 +75,77 @@ def _fixes(plan: JobPlan, key: str) -> tuple[Fix, ...]:
 
 
 def _whole(plan: JobPlan) -> tuple[Fix, ...]:
-    """A limit that every sample is within, where the model has one."""
-    selection = plan.selection
-    longest = int(selection.samples.lengths[selection.teaching].max())
-    if longest > plan.model.context_length:
+    """A limit that every sample is within, where model and memory have room for one."""
+    longest = _longest(plan)
+    if longest > plan.model.context_length or not plan.has_room_for(longest):
         return ()
     return (longer_samples(longest, plan.settings.row_length if plan.has_own_row_length else None),)
+
+
+def _longest(plan: JobPlan) -> int:
+    """Of the samples that have something to teach, before any limit; in tokens."""
+    return int(plan.selection.samples.lengths[plan.selection.teaching].max())
+
+
+def _of_room_for_longer(plan: JobPlan) -> Iterator[Remark]:
+    """Why no longer limit is offered, where the model has one and memory has not."""
+    longest = _longest(plan)
+    is_cut = plan.selection.max_length < longest <= plan.model.context_length
+    if is_cut and not plan.has_room_for(longest):
+        said: dict[str, Parameter] = {
+            "longest": longest,
+            "fits": plan.memory.largest_max_length,
+            "device": plan.device.name,
+        }
+        yield Remark("warning", "data.max_length", Reason("verdict.no_room_for_longer", said))
+
+
+def _of_device(plan: JobPlan) -> Iterator[Remark]:
+    device, dtype = plan.device, plan.spec.compute.dtype
+    told: dict[str, Parameter] = {"device": device.name, "dtype": dtype}
+    mended: tuple[Fix, ...] = ({"compute.dtype": "auto"},)
+    if device.kind == "gpu" and dtype == "bf16" and not device.has_bf16:
+        yield Remark("warning", "compute.dtype", Reason("verdict.no_bf16", told), mended)
+    if device.kind == "cpu" and dtype in ("bf16", "fp16"):
+        yield Remark("warning", "compute.dtype", Reason("verdict.half_on_cpu", told), mended)
+    if device.kind == "cpu" and plan.spec.optimizer.name == "paged_adamw_8bit":
+        fix: Fix = {"optimizer.name": "adamw_8bit"}
+        yield Remark("warning", "optimizer.name", Reason("verdict.paged_on_cpu", {}), (fix,))
+
+
+def _of_memory(plan: JobPlan) -> Iterator[Remark]:
+    """An estimate refuses nothing; the first pass of the run will tell."""
+    report = plan.memory
+    chosen = report.chosen
+    if chosen is None or chosen.plan is None or chosen.fits:
+        return
+    said: dict[str, Parameter] = {
+        "needed": size(chosen.plan.total),
+        "available": size(report.available_bytes),
+        "device": report.device.name,
+    }
+    fixes = tuple(_smaller(plan))
+    field = next(iter(fixes[0])) if fixes else "model.base"
+    yield Remark("warning", field, Reason("verdict.memory_short", said), fixes)
+
+
+def _smaller(plan: JobPlan) -> Iterator[Fix]:
+    """What fits by the same estimate: another way to lay the job out, fewer rows at a time, or shorter samples."""
+    report, batch = plan.memory, plan.spec.batch
+    way = next((way for way in report.ways if way.fits), None)
+    if way is not None and report.chosen is not None:
+        values: Fix = {
+            "parallel.zero_stage": way.zero_stage,
+            "parallel.offload": way.offload,
+            "compute.gradient_checkpointing": way.gradient_checkpointing,
+        }
+        yield values
+    if 1 <= report.largest_micro_batch_size < batch.micro_batch_size:
+        yield {"batch.micro_batch_size": report.largest_micro_batch_size}
+    shorter = report.largest_max_length
+    if LENGTH_STEP <= shorter < plan.selection.max_length and plan.selection.samples.know_their_runs:
+        fix: dict[str, Value] = {"data.max_length": shorter, "data.overlong": "split"}
+        yield fix | {"packing.row_length": shorter} if plan.has_own_row_length else fix
 
 
 def _of_overlap(plan: JobPlan) -> Iterator[Remark]:

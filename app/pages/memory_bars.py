@@ -4,14 +4,14 @@ All bars share one scale, in thousandths of its width. It ends at twice the devi
 that it is far too large, which its number says better, and the others would shrink to nothing beside it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from app.pages import format
 from app.pages.environment import translate
 from core.errors import N_, Reason
-from core.memory import TERM_TITLES, MemoryPlan, Offload, Term
-from core.memory_report import MemoryReport, Way
+from core.memory import TERM_FORMULAS, TERM_TITLES, MemoryPlan, Offload, Term
+from core.memory_report import AttentionPath, MemoryReport, Way
 from core.placement import USABLE_SHARE
 
 WIDTH = 1000
@@ -49,12 +49,25 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class AttentionBar:
+    """The chosen way with another path of attention."""
+
+    path: AttentionPath
+    is_planned: bool
+    total: int
+    fits: bool
+    ratio: float  # to the least of them
+
+
+@dataclass(frozen=True)
 class Chart:
     report: MemoryReport
     recomputes: bool
     bars: tuple[Bar, ...]  # with the chosen checkpointing
     others: tuple[Bar, ...]  # with the other one
     terms: tuple[tuple[Term, str], ...]  # that any bar has, in the order of the stack
+    formulas: tuple[tuple[str, str], ...]  # of every term there is: its title, how it is worked out
+    paths: tuple[AttentionBar, ...]  # of the chosen way
     device_x: float
     usable_x: float
     is_cut: bool  # a bar is longer than the scale
@@ -83,10 +96,19 @@ def draw_memory(report: MemoryReport) -> Chart | None:
         bars=bars(recomputes),
         others=bars(not recomputes),
         terms=tuple(_titles(plans)),
+        formulas=tuple((translate(TERM_TITLES[term]), translate(said)) for term, said in TERM_FORMULAS.items()),
+        paths=tuple(_paths(report)),
         device_x=_x(report.available_bytes, scale),
         usable_x=_x(report.usable_bytes, scale),
         is_cut=largest > scale,
     )
+
+
+def _paths(report: MemoryReport) -> Iterator[AttentionBar]:
+    least = min((plan.total for plan in report.by_attention.values()), default=0)
+    for path, plan in report.by_attention.items():
+        fits = plan.total <= report.usable_bytes
+        yield AttentionBar(path, path == report.attention, plan.total, fits, plan.total / least)
 
 
 def _titles(plans: list[MemoryPlan]) -> Iterable[tuple[Term, str]]:

@@ -67,7 +67,12 @@ def preflight_context(
     on_disk = lines_of_remarks(remarks_on_disk(services, forecast, spec))
     return context | {
         "forecast": forecast,
-        "verdict": [*lines_of_plan(plan), *lines_of_remarks(prospects.remarks), *on_disk, *(lines_of_lock(compared) if is_locked else ())],
+        "verdict": [
+            *lines_of_plan(plan),
+            *lines_of_remarks(prospects.remarks),
+            *on_disk,
+            *(lines_of_lock(compared) if is_locked else ()),
+        ],
         "changes": [(each, each.change and button_of(each.change.keeps)) for each in compared],
         "report": _report(plan),
         "curve": draw_curve(plan),

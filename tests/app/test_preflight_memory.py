@@ -81,7 +81,10 @@ def test_programs_are_told_why_a_stage_cannot_run_and_which_sizes_are_missing(ho
     assert refused.status_code == 422
     (error,) = refused.json()["errors"]
     assert (error["code"], error["pointer"]) == ("zero.qlora", "/spec/parallel/zero_stage")
-    assert error["fixes"] == [{"parallel.zero_stage": "auto"}, {"parallel.zero_stage": 2}]
+    assert error["fixes"] == [
+        {"parallel.zero_stage": 2},
+        {"parallel.zero_stage": "auto", "parallel.offload": "auto"},
+    ]
 
 
 def test_without_the_models_sizes_programs_get_the_reason(house: House) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.scheduling import Assigned, HostOffer, QueuedJob, Waiting, assign
+from core.scheduling import Assigned, HostOffer, QueuedJob, Waiting, assign, likeliest
 
 MODELS = ["small", "large"]
 
@@ -269,3 +269,29 @@ def test_of_two_slots_and_three_jobs_the_third_waits_with_its_place():
     assert decisions[-1].text() == (
         "position 1 in the queue: waits for a free device: 2 of 2 CPU slots on here are busy"
     )
+
+
+@given(queues())
+def test_the_likeliest_host_is_the_one_that_a_job_alone_is_given(queue):
+    jobs, hosts = queue
+    for queued in jobs:
+        alone = replace(queued, host_pinned=None, excluded_hosts=frozenset())
+        ranked = likeliest(alone, hosts)
+        (decision,) = assign([alone], hosts)
+        if isinstance(decision, Assigned):
+            assert ranked[0].id == decision.host_id
+        else:
+            assert not any(offer.accepts and len(offer.free_devices) >= offer.devices_for(alone) for offer in ranked), (
+                "what waits has no host that is free"
+            )
+        names = {offer.id for offer in ranked}
+        assert all(
+            (offer.id in names)
+            == (offer.offers_model(alone) and alone.needs <= offer.features and alone.num_ranks <= offer.most_ranks)
+            for offer in hosts
+        ), "whatever is silent or busy may come free"
+
+
+def test_of_hosts_that_are_full_the_likeliest_lacks_fewest_and_a_silent_one_comes_last():
+    hosts = [host("silent", 4, accepts=False), host("far", 4, 0), host("near", 4, 1), host("few", 1)]
+    assert [offer.name for offer in likeliest(job("j", 2), hosts)] == ["near", "far", "silent"]

@@ -6,12 +6,13 @@ import pytest
 
 from core.errors import USER_FAULTS, UserError
 from core.fix import Fix, applied, fixes_of, told
-from core.preflight import JobPlan
+from core.preflight import JobPlan, plan_job
 from core.profile import DataProfile
 from core.spec import parse_spec
 from core.verdict import Remark, verdict
 from core.wire import Device
-from tests.core.test_preflight import CPU, plan_of, profile
+from tests.core.shapes import llama
+from tests.core.test_preflight import CPU, MODEL, plan_of, profile
 
 OLD_GPU = Device(id="gpu0", kind="gpu", name="Tesla T4", memory_bytes=16 << 30)
 
@@ -62,6 +63,10 @@ FACTS = cut_anywhere([100] * 300 + [400] * 3)
             [{"packing.algorithm": "best_fit"}],
         ),
         ("verdict.no_bf16", {"compute": {"dtype": "bf16"}}, OLD_GPU, [{"compute.dtype": "auto"}]),
+        ("verdict.half_on_cpu", {"compute": {"dtype": "bf16"}}, CPU, [{"compute.dtype": "auto"}]),
+        ("verdict.half_on_cpu", {"compute": {"dtype": "fp16"}}, CPU, [{"compute.dtype": "auto"}]),
+        ("verdict.paged_on_cpu", {"optimizer": {"name": "paged_adamw_8bit"}}, CPU,
+         [{"optimizer.name": "adamw_8bit"}]),
         (
             "verdict.warmup_one_step",
             {"schedule": {"epochs": 10, "warmup_ratio": 0.001}},
@@ -95,7 +100,7 @@ def test_each_warning_has_its_fixes_and_each_of_them_mends_it(
         {"schedule": {"max_steps": 2}},
         {"schedule": {"max_steps": 2, "warmup_ratio": 0.01}},  # nothing longer would do for two steps
         {"schedule": {"epochs": 10, "warmup_ratio": 0.5}},
-        {"compute": {"dtype": "bf16"}},
+        {"optimizer": {"name": "adamw_8bit"}},
     ],
 )
 def test_what_is_in_order_is_not_remarked(spec: dict[str, Any]) -> None:
@@ -178,3 +183,70 @@ def test_a_sentence_names_what_a_fix_sets_and_not_what_it_gives_up() -> None:
         "batch.samples_per_step 32, data.overlong null, data.validation {fraction: 0.02}, compute.compile false, "
         "schedule.learning_rate 0.0002, optimizer.betas [0.9, 0.95]"
     )
+
+
+# -- what memory has room for ----------------------------------------------------------------------------------------
+
+SHAPE = llama(hidden=2048, layers=16, heads=32, key_value_heads=8, intermediate=8192)
+
+
+def planned(spec: dict[str, Any], gigabytes: float, facts: DataProfile) -> JobPlan:
+    device = Device(id="gpu0", kind="gpu", name="G", memory_bytes=round(gigabytes * 1e9), has_bf16=True)
+    whole = {**spec, "data": {"train": [{"dataset": "d"}], **spec.get("data", {})}}
+    return plan_job(parse_spec(whole), {"d": facts}, MODEL.model_copy(update={"shape": SHAPE}), device)
+
+
+@pytest.mark.parametrize(
+    ("spec", "gigabytes", "fixed"),
+    [
+        ({"batch": {"micro_batch_size": 32}, "compute": {"gradient_checkpointing": False}}, 24,
+         ["parallel.zero_stage", "batch.micro_batch_size", "data.max_length"]),
+        ({"batch": {"micro_batch_size": 16, "samples_per_step": 64}, "data": {"max_length": 2048}}, 8,
+         ["batch.micro_batch_size", "data.max_length"]),
+        ({"batch": {"micro_batch_size": 16, "samples_per_step": 64}, "data": {"max_length": 2048},
+          "packing": {"row_length": 2048}}, 8, ["batch.micro_batch_size", "data.max_length"]),
+    ],
+)  # fmt: skip
+def test_what_by_estimate_does_not_fit_is_warned_of_and_each_fix_makes_it_fit(
+    spec: dict[str, Any], gigabytes: float, fixed: list[str]
+) -> None:
+    facts = cut_anywhere([2000] * 400)
+    remark = warnings(planned(spec, gigabytes, facts))["verdict.memory_short"]
+    assert [next(iter(fix)) for fix in remark.fixes] == fixed
+    assert f"{gigabytes} GB" in remark.said.text()
+    for fix in remark.fixes:
+        assert "verdict.memory_short" not in warnings(planned(mended(spec, fix), gigabytes, facts)), fix
+
+
+def test_what_nothing_mends_has_no_button() -> None:
+    remark = warnings(planned({"method": {"type": "full"}, "parallel": {"offload": "none"}}, 2, FACTS))
+    assert remark["verdict.memory_short"].fixes == ()
+
+
+def test_a_longer_limit_is_offered_only_where_it_fits() -> None:
+    """Rows of 3,000 tokens, eight a pass, are more than a small device holds; a large one offers the limit."""
+    facts = cut_anywhere([500] * 900 + [3000])
+    spec = {"data": {"max_length": 512, "overlong": "drop"}, "batch": {"micro_batch_size": 8}}
+    large, small = (warnings(planned(spec, gigabytes, facts)) for gigabytes in (80, 6))
+    assert {"data.max_length": 3000} in large["verdict.samples_too_long"].fixes
+    assert "verdict.no_room_for_longer" not in large
+    assert small["verdict.samples_too_long"].fixes == ({"data.overlong": "split"},)
+    said = small["verdict.no_room_for_longer"].said
+    assert 512 <= int(said.parameters["fits"]) < 3000
+    # And it is true: with the limit the plan does not fit.
+    longer = planned(mended(spec, {"data.max_length": 3000}), 6, facts)
+    assert longer.memory.chosen is not None and not longer.memory.chosen.fits
+
+
+def test_a_refusal_for_length_says_where_memory_has_no_room_for_a_longer_limit() -> None:
+    facts = cut_anywhere([500] * 300 + [3000] * 30)
+    spec = {"data": {"max_length": 512}, "batch": {"micro_batch_size": 8}}
+    with pytest.raises(UserError) as large:
+        planned(spec, 80, facts)
+    assert large.value.code == "plan.overlong"
+    longer, split = fixes_of(large.value)
+    assert longer == {"data.max_length": 3000} and split == {"data.overlong": "split"}
+    with pytest.raises(UserError) as small:
+        planned(spec, 6, facts)
+    assert small.value.code == "plan.overlong_memory" and fixes_of(small.value) == (split,)
+    assert "3000" in small.value.text() and f"at most {small.value.parameters['fits']} fit G" in small.value.text()

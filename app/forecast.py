@@ -6,6 +6,7 @@ then happens (app.held)."""
 from typing import Any, Literal
 
 from pydantic import BaseModel
+from sqlalchemy.orm import load_only
 from sqlmodel import Session, col, select
 
 from app.dispatcher import offers_of_hosts, queued_job
@@ -27,6 +28,8 @@ from core.states import TERMINAL, JobState
 from core.verdict import Remark
 from core.wire import Device, HostBeat, HostReport
 
+# What `queued_job` reads; a queue may be long, and its jobs hold more.
+ASKED_OF_THE_QUEUE: tuple[Any, ...] = (Job.id, Job.priority, Job.queued_at, Job.not_before, Job.spec, Job.pinned_host)
 NEW = "~"  # sorts behind every job of the queue
 MOST_NAMED = 3  # jobs whose checkpoints could go
 
@@ -69,6 +72,7 @@ def forecast_to_keep(services: Services, spec: JobSpec) -> dict[str, Any] | None
 def _place(session: Session, spec: JobSpec, now: float) -> tuple[Place, HostOffer | None]:
     """What the dispatcher would decide if the job were launched now, and the host that is likeliest to take it."""
     queued = select(Job).where(Job.state == JobState.QUEUED.value, col(Job.priority) >= spec.priority)
+    queued = queued.options(load_only(*ASKED_OF_THE_QUEUE))
     ahead = [queued_job(job) for job in session.exec(queued) if job.not_before is None or job.not_before <= now]
     told: dict[str, Any] = {"spec": spec.model_dump(mode="json"), "spec_sha256": "", "priority": spec.priority}
     mine = queued_job(Job(id=NEW, name="", **told, state=JobState.QUEUED.value, created_at=now, queued_at=now))

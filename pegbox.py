@@ -13,6 +13,8 @@ from pathlib import Path
 
 from core.errors import USER_FAULTS, UserError, UserErrors
 
+DATA_DIR_HELP = "where everything is kept (PEGBOX_DATA_DIR, ./data)"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
@@ -42,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     def add_place(to: argparse.ArgumentParser, *, port: bool = True) -> None:
-        to.add_argument("--data-dir", metavar="D", help="where everything is kept (PEGBOX_DATA_DIR, ./data)")
+        to.add_argument("--data-dir", metavar="D", help=DATA_DIR_HELP)
         if port:
             to.add_argument("--host", help="address to listen on (PEGBOX_HOST, 127.0.0.1)")
             to.add_argument("--port", type=int, help="port to listen on (PEGBOX_PORT, 8000)")
@@ -75,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print as JSON what the job would do, and train nothing")
     train.add_argument("--fresh", action="store_true", help="start over: what DIR holds of this job is deleted")
 
+    _add_question(command("preflight", _preflight, "Ask a server what a job would do; nothing is launched."))
+
     certify = command("certify", _certify, "Prove on a job that packing, devices and ZeRO change nothing but its cost.")
     certify.add_argument("-f", "--file", required=True, type=Path, metavar="SPEC", help="the spec, YAML or JSON")
     certify.add_argument("--steps", type=int, default=3, metavar="K", help="optimizer steps of each layout (3)")
@@ -90,15 +94,26 @@ def _parser() -> argparse.ArgumentParser:
     doctor = command("doctor", _doctor, "Say what this machine has, and what is missing with its remedy.")
     add_place(doctor)
 
-    tokens = command("tokens", None, "Make tokens for scripts and workers.")
+    _add_tokens(command("tokens", None, "Make tokens for scripts and workers."))
+    return parser
+
+
+def _add_question(preflight: argparse.ArgumentParser) -> None:
+    preflight.add_argument("-f", "--file", required=True, type=Path, metavar="SPEC", help="the spec, YAML or JSON")
+    preflight.add_argument("-o", choices=("text", "json"), default="text", dest="form", help="how it is printed")
+    preflight.add_argument("--server", help="the server's address (PEGBOX_URL, http://127.0.0.1:8000)")
+    preflight.add_argument("--token", help="a token (better: PEGBOX_TOKEN, which no process list shows)")
+    preflight.add_argument("--device", default="", help="plan for this device or host (default: the likeliest)")
+
+
+def _add_tokens(tokens: argparse.ArgumentParser) -> None:
     create = tokens.add_subparsers(metavar="ACTION", required=True).add_parser(
         "create", help="Make a token and print it alone on stdout; run on the server's machine."
     )
     create.set_defaults(run=_create_token)
     create.add_argument("--name", required=True, help="what it is for; shown in the list of tokens")
     create.add_argument("--role", choices=("viewer", "member", "admin", "worker"), default="member")
-    add_place(create, port=False)
-    return parser
+    create.add_argument("--data-dir", metavar="D", help=DATA_DIR_HELP)
 
 
 def _put_place_into_environment(arguments: argparse.Namespace) -> None:
@@ -189,6 +204,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from worker.engine.train import main as train
 
     return train(prepared.directory)
+
+
+def _preflight(arguments: argparse.Namespace) -> int:
+    from client.preflight import Asked, preflight
+
+    return preflight(Asked(arguments.file, arguments.form, arguments.server, arguments.token, device=arguments.device))
 
 
 def _certify(arguments: argparse.Namespace) -> int:

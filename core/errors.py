@@ -345,6 +345,17 @@ TEXTS: dict[str, str] = {
         "adapter_config.json and adapter_model.safetensors"
     ),
     "merge.out_exists": N_("{folder} exists already; name a new folder"),
+    # -- client: commands that ask a server ---------------------------------------------------------------------
+    "client.no_server": N_(
+        "there is no answer from {server} ({problem}); start the server with pegbox up, or name another with "
+        "--server or PEGBOX_URL"
+    ),
+    "client.other_server": N_(
+        "{server} answers {status} and is no Pegbox; name the server's address with --server or PEGBOX_URL"
+    ),
+    "client.token": N_(
+        "{problem}; on the server pegbox tokens create makes one, which goes into PEGBOX_TOKEN or --token"
+    ),
     # -- train: pegbox train by hand -----------------------------------------------------------------------------
     "train.data_is_no_path": N_(
         "{name} is not a file in {folder}; pegbox train takes a path (JSONL, JSON, CSV, Parquet) or hf:ORG/NAME as "

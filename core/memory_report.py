@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from core.architecture import Architecture
+from core.bounds import LargestPass, StepBounds
 from core.errors import Reason
 from core.memory import MemoryPlan, Offload, estimate_memory
 from core.placement import (
     USABLE_SHARE,
-    LargestPass,
     Stage,
-    StepBounds,
     available_bytes,
     can_offload,
     load_of,

@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from core.architecture import Architecture
+from core.bounds import LargestPass, StepBounds, step_bounds
 from core.errors import USER_FAULTS, Reason, UserError
 from core.events import Choice
 from core.fix import applied, fixes_of
@@ -32,7 +33,7 @@ from core.memory import count_adapter_parameters
 from core.memory_report import MemoryReport, report_memory
 from core.overlap import Overlap, find_overlap
 from core.packing import BatchBy, PlanSettings, RunPlan, SampleSet, Segment, Step, plan_run
-from core.placement import LargestPass, StepBounds, has_room_for, place, step_bounds
+from core.placement import has_room_for, place
 from core.presets import auto_attention, auto_dtype, auto_learning_rate
 from core.profile import DataProfile, ModelProfile
 from core.refusals import refuse

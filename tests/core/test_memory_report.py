@@ -9,9 +9,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from core.architecture import Architecture
+from core.bounds import LargestPass, StepBounds
 from core.memory import estimate_memory
 from core.memory_report import LENGTH_STEP, MemoryReport, report_memory
-from core.placement import LargestPass, Placement, StepBounds, load_of, place
+from core.placement import Placement, load_of, place
 from core.spec import JobSpec, parse_spec
 from core.wire import Device
 from tests.core.shapes import LLAMA_7B, LLAMA_70B

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from core import placement
 from core.architecture import Architecture
+from core.bounds import LargestPass, largest_pass
 from core.layout import num_slots
 from core.packing import PlanSettings, SampleSet
-from core.placement import LargestPass, Placement, largest_pass, place
+from core.placement import Placement, place
 from core.preflight import plan_job
 from core.spec import parse_spec
 from core.wire import Device

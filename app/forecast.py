@@ -18,7 +18,8 @@ from app.tables import Host, Job
 from core.disk import DiskPlan
 from core.errors import Reason
 from core.events import RunTotals
-from core.forecast import Basis, Forecast, Place, disk_of, forecast_time, likeness_of, memory_seen, work_of
+from core.forecast import Forecast, Place, disk_of, forecast_time, likeness_of, memory_seen, work_of
+from core.past_run import Basis
 from core.placement import size
 from core.preflight import JobPlan
 from core.run_totals import run_totals

@@ -23,9 +23,9 @@ class HeldTo(BaseModel):
 
 
 def held_to(session: Session, job: Job, now: float) -> HeldTo | None:
-    """None of a trial, which is not made for its end, and before anything is known."""
+    """None of a trial, which is not made for its end."""
     forecast = read_forecast(job)
-    if job.trial is not None or (forecast is None and job.plan is None):
+    if job.trial is not None:
         return None
     predicted, actual = _predicted(job, forecast), _actual(session, job, now)
     made = _made(job.summary or {})

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sqlmodel import Session, col, select
 
 from app.tables import Attempt, Host, Job
-from core.forecast import Likeness, PastRun, attention_class
+from core.past_run import Likeness, PastRun, attention_class
 from core.states import ON_A_HOST, Outcome
 from core.wire import Device, HostReport
 

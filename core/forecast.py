@@ -26,16 +26,13 @@ from core.borders import checkpoint_steps, evaluation_steps
 from core.disk import DiskPlan, plan_disk
 from core.errors import Reason
 from core.events import RunTotals
+from core.past_run import Basis, Likeness, PastRun, attention_class
 from core.peaks import peak_flops
 from core.preflight import JobPlan
 from core.spec import Adapter
 from core.wire import Device
 
-Basis = Literal["history", "trial", "formula"]
-
 LAST_RUNS = 5  # of those that are like the job; older ones ran other software
-STEPS_NEEDED = 20  # of a run that did not end well: fewer say more of its start than of its pace
-
 # A forecast by pace is given so much to either side, where what it was measured on lies closer together.
 MARGIN_OF_ONE, MARGIN_OF_SEVERAL, MARGIN_OF_TRIAL = 0.25, 0.1, 0.3
 # A step's passes reach a quarter to a half of a GPU's peak where matrices are large, and little where they are small.
@@ -53,26 +50,6 @@ SAVE_S = 0.1
 RESULT_S = 3.0  # it is opened again and compared, then sent
 
 
-class Likeness(BaseModel):
-    """What two runs have in common where work per second may be compared."""
-
-    model_config = ConfigDict(frozen=True)
-
-    device: str  # by its name
-    num_ranks: int
-    model: str
-    method: str
-    attention: str  # dense | by_sample
-    dtype: str
-    recomputes: bool
-    zero_stage: int
-    offload: str
-
-
-def attention_class(attention: str) -> str:
-    return "dense" if attention in ("sdpa", "eager") else "by_sample"
-
-
 def likeness_of(plan: JobPlan, device: Device) -> Likeness:
     spec = plan.spec
     assert spec.parallel.zero_stage != "auto" and spec.compute.gradient_checkpointing != "auto"
@@ -87,39 +64,6 @@ def likeness_of(plan: JobPlan, device: Device) -> Likeness:
         zero_stage=spec.parallel.zero_stage,
         offload=spec.parallel.offload,
     )
-
-
-class PastRun(BaseModel):
-    """What a job that ended, or runs, says of the next one."""
-
-    model_config = ConfigDict(frozen=True)
-
-    job: str
-    host: str
-    likeness: Likeness
-    packing: str  # its mode
-    is_trial: bool
-    has_succeeded: bool
-    steps: int
-    step_s: float  # in all of them
-    slots: int
-    flops: float | None
-    startup_s: float | None
-    seconds: float | None  # from start to end, of one that succeeded in one go
-    # As it was forecast; None where it was not.
-    basis: Basis | None = None
-    planned_s: float | None = None
-    told_s: float | None = None  # with what had been learned
-    memory_ratio: float | None = None  # the peak over its plan
-
-    @property
-    def tells_pace(self) -> bool:
-        return self.step_s > 0 and (self.is_trial or self.has_succeeded or self.steps >= STEPS_NEEDED)
-
-    @property
-    def time_ratio(self) -> float | None:
-        """What it took over what was told."""
-        return None if not self.told_s or self.seconds is None else self.seconds / self.told_s
 
 
 class TimeForecast(BaseModel):
@@ -384,19 +328,3 @@ def memory_seen(history: Sequence[PastRun], likeness: Likeness) -> tuple[float, 
     told: dict[str, str | int | float] = {"num_jobs": len(ratios), "percent": f"{100 * median(ratios):.0f}"}
     code = "forecast.memory" if len(ratios) > 1 else "forecast.memory_one"
     return median(ratios), Reason(code, told)
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """How far forecasts of a host were off: what came over what was told."""
-
-    num_jobs: int
-    usual: float  # the median
-    worst: float  # the one that is farthest off, to either side
-
-
-def accuracy(ratios: Sequence[float]) -> Accuracy | None:
-    """None without any."""
-    if not ratios:
-        return None
-    return Accuracy(len(ratios), median(ratios), max(ratios, key=lambda ratio: max(ratio, 1 / ratio)))

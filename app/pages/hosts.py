@@ -12,7 +12,7 @@ from app.pages.environment import fragment
 from app.pages.job_row import JobRow, read_rows
 from app.services import AnyServices, Services
 from app.tables import Host, Job
-from core.forecast import Accuracy, PastRun, accuracy
+from core.past_run import Accuracy, PastRun, accuracy
 from core.states import ON_A_HOST, JobState
 from core.wire import HOST_FRESH_S, DeviceLoad, HostBeat, HostReport
 

@@ -13,7 +13,7 @@ from core.run_totals import run_totals
 from core.spec import parse_spec
 from core.wire import AttemptRef, HostBeat, HostReport
 from tests.app.conftest import House
-from tests.app.scene import SPEC, FakeHost, job_of, submit, wire
+from tests.app.scene import SPEC, FakeHost, connect_host, job_of, put_data, submit, wire
 from tests.app.scene import step as step_event
 from tests.app.test_pages import filled
 from tests.app.test_preflight_memory import gpu, model, ready
@@ -185,11 +185,13 @@ def test_a_job_whose_data_was_not_measured_is_held_to_its_trainers_plan_and_says
 
 
 def test_a_submit_without_a_profile_keeps_no_forecast(house: House) -> None:
-    from tests.app.scene import connect_host, put_data
-
     connect_host(house)
     put_data(house)
-    assert house.api("bob").get(f"/api/v1/jobs/{submit(house)}").json()["forecast"] is None
+    job_id = submit(house)
+    job = house.api("bob").get(f"/api/v1/jobs/{job_id}").json()
+    assert job["forecast"] is None and job["held_to"]["lines"] == []
+    page = text_of(house.browser("bob").get(f"/jobs/{job_id}").text)
+    assert "There is no forecast of time and disk: its data had not been measured" in page
 
 
 def test_a_disk_without_room_warns_and_names_what_could_go(house: House) -> None:

@@ -9,7 +9,7 @@ import pytest
 from app.history import read_history
 from app.jobs.attempts import finish
 from app.tables import Attempt, Job
-from core.forecast import PastRun
+from core.past_run import PastRun
 from core.wire import AttemptRef, Finish, WireEvent
 from tests.app.ledger import HOST, Ledger, open_ledger
 from tests.app.scene import step, wire

@@ -10,10 +10,8 @@ from core.errors import Reason
 from core.events import RunTotals
 from core.forecast import (
     Forecast,
-    PastRun,
     Place,
     TimeForecast,
-    accuracy,
     disk_of,
     forecast_time,
     learn,
@@ -21,6 +19,7 @@ from core.forecast import (
     memory_seen,
     work_of,
 )
+from core.past_run import STEPS_NEEDED, PastRun, accuracy
 from core.preflight import JobPlan, plan_job
 from core.spec import parse_spec
 from core.wire import Device
@@ -122,9 +121,9 @@ def test_a_dry_run_stands_in_and_gives_way_to_jobs_that_are_packed_alike() -> No
 
 def test_a_few_steps_of_a_job_that_failed_tell_no_pace() -> None:
     plan = plan_on()
-    few = past(plan, has_succeeded=False, steps=module.STEPS_NEEDED - 1)
+    few = past(plan, has_succeeded=False, steps=STEPS_NEEDED - 1)
     assert time_of(plan, few).basis == "formula"
-    assert time_of(plan, few.model_copy(update={"steps": module.STEPS_NEEDED})).basis == "history"
+    assert time_of(plan, few.model_copy(update={"steps": STEPS_NEEDED})).basis == "history"
 
 
 def test_the_formula_is_a_share_of_the_peak_and_says_how_wrong_it_may_be() -> None:

@@ -32,7 +32,9 @@ def remember(session: Session, job: Job, attempt: Attempt, now: float) -> None:
     device = _device(session.get(Host, attempt.host), attempt.devices)
     run = None
     if device is not None:
-        run = past_run(job, device, attempt.host, seconds=seconds if is_in_one_go else None, is_over=has_succeeded)
+        run = past_run(
+            job, device, attempt.host, seconds=seconds if is_in_one_go else None, has_succeeded=has_succeeded
+        )
     if run is not None:
         noted["past_run"] = run.model_dump(mode="json")
     job.summary = before | noted
@@ -54,7 +56,7 @@ def _running(session: Session) -> Iterator[PastRun]:
         device = _device(session.get(Host, job.host), job.devices or [])
         run = None if device is None or job.host is None else past_run(job, device, job.host)
         if run is not None:
-            yield run
+            yield run.model_copy(update={"memory_ratio": None})  # its peak may still come
 
 
 def _read(stored: Any) -> PastRun | None:
@@ -75,7 +77,7 @@ def _device(host: Host | None, ids: list[str]) -> Device | None:
 
 
 def past_run(
-    job: Job, device: Device, host: str, *, seconds: float | None = None, is_over: bool = False
+    job: Job, device: Device, host: str, *, seconds: float | None = None, has_succeeded: bool = False
 ) -> PastRun | None:
     """`seconds` is given of a job that has succeeded in one go. None where it made no step, goes on from another job's
     steps, which may have been made elsewhere, or only probed learning rates."""
@@ -97,7 +99,7 @@ def past_run(
         likeness=_likeness(job.spec, plan, device),
         packing=job.spec["packing"]["mode"],
         is_trial=is_trial,
-        has_succeeded=is_over,
+        has_succeeded=has_succeeded,
         steps=summary["step"],
         step_s=summary["steps_s"],
         slots=summary["slots"],

@@ -87,7 +87,7 @@ def test_a_job_that_ended_tells_its_pace_its_start_and_what_was_forecast_for_it(
 def test_a_job_that_runs_tells_as_far_as_it_is(ledger: Ledger) -> None:
     launch = begin(ledger)
     (run,) = told(ledger)
-    assert run.steps == 1 and run.seconds is None and not run.has_succeeded and not run.tells_pace
+    assert run.steps == 1 and run.seconds is run.memory_ratio is None and not run.has_succeeded and not run.tells_pace
     ledger.record(launch, *(make(seq, seq - 1) for seq in range(3, 22)))
     assert told(ledger)[0].steps == 20 and told(ledger)[0].tells_pace
 

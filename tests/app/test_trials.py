@@ -214,7 +214,12 @@ def test_a_dry_run_says_how_long_the_whole_job_takes(house: House, host: FakeHos
     assert (report["memory_peak_bytes"], report["planned_peak_bytes"]) == (2**30 + 10, 3 * 2**30)
     assert (report["first_loss"], report["last_loss"]) == (3.0, 0.3)
     page = browser.get(f"/jobs/{job}").text
-    assert "3 min 20 s" in page and "400 steps at this pace" in page and "planned 3.00 GiB" in page
+    assert (
+        "<dd>0.5</dd>" in page
+        and "3 min 20 s" in page
+        and "400 steps at this pace" in page
+        and "planned 3.00 GiB" in page
+    )
     assert "Launch the whole job" not in page
     assert "<small>/ 10</small>" in page, "it is through after its own steps, not the job's"
     assert 'id="charts"' in page

@@ -100,8 +100,8 @@ def read_outcome(directory: Path) -> OutcomeFile | None:
         return None
 
 
-# What `worker.engine.prepare` leaves beside its RESULT.json while it works, both of core.wire: its `ProfileProgress`, and
-# a `ProfileProgress` with the sampled rows' profile.
+# What `worker.engine.prepare` leaves beside its RESULT.json while it works: a `core.wire.ProfileProgress`, and one with
+# the profile of sampled rows.
 PREPARE_PROGRESS, PREPARE_SAMPLED = "progress.json", "sampled.json"
 
 

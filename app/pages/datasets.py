@@ -1,9 +1,8 @@
 """Data sets: what was uploaded, what of it was refused and why, and how the model sees it."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -15,19 +14,19 @@ from app.datasets import store
 from app.models import known_models
 from app.pages.job_row import read_rows
 from app.pages.packing_drawing import CutTable, draw_cuts
-from app.profiles import read_result
+from app.pages.token_drawing import PackedRow, packed_row, shown_samples
+from app.profiles import read_result, read_sampled
 from app.services import AnyServices
 from app.tables import Dataset, DatasetVersion, Job, Profile
 from core.lengths import compare_cuts
 from core.presets import refuse_above_context
-from core.profile import DataProfile, TokenPreview
+from core.profile import DataProfile
 
 router = APIRouter(include_in_schema=False)
 
 MOST_JOBS = 50
 MOST_ROWS = 4
-MOST_SAMPLES = 3
-MOST_TOKENS = 1500  # of one sample
+MOST_GROUPS = 10  # of rows that are alike
 
 
 @router.get("/datasets")
@@ -51,13 +50,16 @@ def dataset_page(
     request: Request,
     services: AnyServices,
     name: str,
+    *,
     version: str = "",
     max_length: Annotated[int | None, Query(ge=1)] = None,  # tokens
+    stage: str = "",
 ) -> Response:
+    """`stage` is what a page that waits for a host already shows; it gets how far the host is, or what is new."""
     with services.database.read() as session:
         found = store.find(session, f"{name}@{version}" if version else name)
         measured = _measured(session, found.version)
-        profile = _view(measured) if measured else None
+        profile = _view(measured) if measured and measured.facts else None
         # The rows of Parquet are read by a host, so which of them are refused is known once it has measured them.
         is_parquet = found.version.kind.startswith("parquet")
         facts = profile if is_parquet and profile else found.version.model_dump()
@@ -70,13 +72,21 @@ def dataset_page(
                 for shown in found.version.preview[:MOST_ROWS]
             ],
             "profile": profile,
-            "cuts": _cuts(measured, max_length) if measured else None,
+            "cuts": (cuts := _cuts(measured, max_length) if measured and measured.facts else None),
+            "packed": _packed(measured, cuts) if measured and measured.facts and cuts else None,
+            "waiting": measured if measured and not measured.is_exact else None,
             "asked_version": version,
+            "asked_length": max_length,
             "is_parquet": is_parquet,
             "num_refused": facts["num_refused"],
             "refused": facts["refused"],
             "jobs": read_rows(session, _jobs_that_used(session, found.dataset), services.clock()),
         }
+    if "hx-request" in request.headers:
+        waiting = context["waiting"]
+        is_new = waiting is None or waiting.stage != stage
+        part = "dataset_news.html" if is_new else "dataset_progress.html"
+        return services.templates.TemplateResponse(request, part, context)
     return services.templates.TemplateResponse(request, "dataset.html", context)
 
 
@@ -89,30 +99,57 @@ def _jobs_that_used(session: Session, dataset: Dataset) -> Sequence[Job]:
 
 @dataclass(frozen=True)
 class Measured:
-    """The newest profile of a data set, whatever its model."""
+    """The newest profile of a data set, whatever its model: exact; or of a sample of the rows, or nothing yet, while a
+    host is at it."""
 
     model: str
     context_length: int | None  # tokens; None where no host has these files of the model any more
-    facts: DataProfile
+    facts: DataProfile | None  # of as many rows as the file has
+    sampled: DataProfile | None = None  # of those rows alone
+    num_rows: int = 0
+    progress: float | None = None  # the share of the work that is done
+    is_exact: bool = True
+
+    @property
+    def stage(self) -> str:
+        """What a page shows of it."""
+        if self.is_exact:
+            return "exact"
+        return "waiting" if self.sampled is None else "sampled"
 
 
 def _measured(session: Session, version: DatasetVersion) -> Measured | None:
-    row = session.exec(
+    rows = session.exec(
         select(Profile)
-        .where(Profile.data_sha256 == version.sha256, Profile.state == "ready")
-        .order_by(col(Profile.ready_at).desc())
-    ).first()
+        .where(Profile.data_sha256 == version.sha256, col(Profile.state).in_(["ready", "running", "wanted"]))
+        .order_by(col(Profile.state) != "ready", col(Profile.ready_at).desc(), col(Profile.wanted_at).desc())
+    )
+    row = rows.first()
     if row is None:
         return None
     model = next((m.profile for m in known_models(session) if m.profile.content_hash == row.model_hash), None)
-    return Measured(row.model, None if model is None else model.context_length, read_result(row))
+    context_length = None if model is None else model.context_length
+    if row.state == "ready":
+        return Measured(row.model, context_length, read_result(row))
+    sampled = read_sampled(session, row)
+    return Measured(
+        row.model,
+        context_length,
+        None if sampled is None else sampled.stretched,
+        sampled=None if sampled is None else sampled.facts,
+        num_rows=version.num_rows,
+        progress=row.progress,
+        is_exact=False,
+    )
 
 
 def _view(measured: Measured) -> dict[str, Any]:
     facts = measured.facts
+    assert facts is not None
     num_tokens = sum(facts.sample_length)
     return {
         "model": measured.model,
+        "is_exact": measured.is_exact,
         "context_length": measured.context_length,
         "num_samples": len(facts.sample_length),
         "num_tokens": num_tokens,
@@ -120,20 +157,23 @@ def _view(measured: Measured) -> dict[str, Any]:
         "num_refused": facts.num_refused,
         "refused": facts.refused,
         "longest": max(facts.sample_length, default=0),
-        "preview": [{"line": sample.line, "runs": list(runs(sample))} for sample in facts.preview[:MOST_SAMPLES]],
+        "preview": shown_samples(facts.preview),
+        "duplicates": facts.duplicates,
+        "groups": facts.duplicates.groups[:MOST_GROUPS] if facts.duplicates else (),
     }
 
 
 def _cuts(measured: Measured, asked: int | None) -> CutTable | None:
     """Raises UserError plan.above_context, as a job with that limit would."""
+    assert measured.facts is not None
     if asked is not None and measured.context_length is not None:
         refuse_above_context(asked, measured.context_length)
     also = () if asked is None else (asked,)
     return draw_cuts(compare_cuts(measured.facts, measured.context_length, also), asked)
 
 
-def runs(sample: TokenPreview) -> Iterator[tuple[bool, str]]:
-    """Neighbours that are all trained, or all not, as one text."""
-    pairs = list(zip(sample.trained, sample.pieces, strict=True))[:MOST_TOKENS]
-    for is_trained, group in groupby(pairs, key=lambda pair: pair[0]):
-        yield is_trained, "".join(piece for _, piece in group)
+def _packed(measured: Measured, cuts: CutTable) -> PackedRow | None:
+    """Rows as long as the limit that the page shows."""
+    assert measured.facts is not None
+    row_length: int = cuts.stops[cuts.chosen]["length"]
+    return packed_row(measured.facts.preview, row_length)

@@ -28,7 +28,7 @@ from app.services import Services
 from app.settings import load_settings
 from app.tables import Attempt, Job, Profile, User
 from core.preflight import plan_job
-from core.profile import DataProfile, ModelProfile, TokenPreview
+from core.profile import AlikeRow, AlikeRows, DataProfile, Duplicates, ModelProfile, TokenPreview
 from core.schedule import Schedule, lr_at
 from core.spec import parse_spec
 from core.wire import Device, HostReport
@@ -309,25 +309,46 @@ class Stage:
             return session.exec(select(func.count()).select_from(Job)).one()
 
 
-def make_profile(source: random.Random, multi_turn: Any) -> DataProfile:
-    lengths = [min(1000, int(source.lognormvariate(5.2, 0.7)) + 12) for _ in range(638)]
+def make_profile(source: random.Random, multi_turn: Any, num_samples: int = 638) -> DataProfile:
+    lengths = [min(1000, int(source.lognormvariate(5.2, 0.7)) + 12) for _ in range(num_samples)]
     pieces = (
         "<|user|>", "\n", "How", " many", " minutes", " are", " 3", " hours", "?", "<|end|>", "\n", "<|assistant|>", "\n",
         "3", " hours", " are", " 180", " minutes", ".", "<|end|>", "\n",
     )  # fmt: skip
+    trained = tuple(index in range(13, 20) for index in range(21))
+    sample = TokenPreview(
+        line=1,
+        pieces=pieces,
+        trained=trained,
+        ids=tuple(range(200, 221)),
+        special=tuple(piece.startswith("<|") for piece in pieces),
+        num_trained=7,
+        num_turns=1,
+    )
+    silent = sample.model_copy(update={"line": 5, "trained": (False,) * 21, "num_trained": 0, "num_turns": 0})
+    longer = sample.model_copy(update={"line": 9, "num_hidden": 80})
+    alike = AlikeRows(
+        rows=(
+            AlikeRow(line=7, similarity=1, is_equal=True),
+            AlikeRow(line=90, similarity=0.93, is_equal=False),
+            AlikeRow(line=102, similarity=1, is_equal=True),
+        ),
+        num_rows=3,
+    )
     return DataProfile(
-        num_rows=640,
+        num_rows=num_samples + 2,
         format="messages",
         multi_turn=multi_turn,
         multi_turn_reason="the template leaves the history as it was",
         num_refused=2,
         refused=(),
-        sample_row=list(range(638)),
+        sample_row=list(range(num_samples)),
         sample_length=lengths,
         sample_trained=[max(1, int(length * 0.38)) for length in lengths],
-        sample_turns=[1] * 638,
-        sample_hash=[hashlib.sha256(str(row).encode()).hexdigest()[:16] for row in range(638)],
-        preview=(TokenPreview(line=1, pieces=pieces, trained=tuple(index in range(13, 20) for index in range(21))),),
+        sample_turns=[1] * num_samples,
+        sample_hash=[hashlib.sha256(str(row).encode()).hexdigest()[:16] for row in range(num_samples)],
+        duplicates=Duplicates(num_equal=1, num_alike=1, num_groups=1, groups=(alike,)),
+        preview=(sample, silent, longer),
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Response
 
 from app.vendor import VENDOR, is_current
-from tests.e2e.stage import Scenes, Stage, play, raised, wait_until
+from tests.e2e.stage import Scenes, Stage, make_profile, play, raised, wait_until
 
 pytestmark = pytest.mark.browser
 
@@ -288,6 +288,57 @@ def test_the_slider_of_a_data_set_shows_each_limit_without_asking_again(visit: V
     assert len({rows for rows, _ in seen}) == len({x for _, x in seen}) == 3
     assert page.input_value("#max_length") == str(cuts[-1]["max_length"])
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    "visit",
+    [
+        {"color_scheme": "dark", "viewport": {"width": 1360, "height": 800}},
+        {"color_scheme": "light", "viewport": {"width": 360, "height": 740}},
+    ],
+    indirect=True,
+    ids=["dark and wide", "light and narrow"],
+)
+def test_a_samples_numbers_come_first_and_the_exact_ones_without_a_reload(visit: Visit) -> None:
+    stage, page = visit.stage, visit.page
+    axe = (VENDOR / "axe.js").read_text(encoding="utf-8")
+    name = f"large-{page.viewport_size['width']}"  # type: ignore[index]
+
+    def is_sound() -> None:
+        assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]  # type: ignore[index]
+        page.evaluate(axe)
+        result = page.evaluate("tags => axe.run(document, {runOnly: tags, resultTypes: ['violations']})", WCAG)
+        assert result["passes"] and result["violations"] == []
+
+    def post(path: str, body: Any = None) -> None:
+        assert stage.worker.post(f"/profiles/{profile}/{path}", json=body).status_code == 200
+
+    stage.upload(name, 9000 + page.viewport_size["width"])  # type: ignore[index]
+    assert stage.api.get(f"/datasets/{name}/profile?model=demo/tiny-llama").status_code == 202
+    (profile,) = stage.beat()["profiles"]
+    post("claim")
+    visit.go(f"/datasets/{name}")
+    visit.wait_for_text("#progress", "Measuring")
+    is_sound()
+    sampled = make_profile(stage.random, "whole", 198).model_copy(update={"duplicates": None})
+    post("progress", {"fraction": 0.0, "sampled": sampled.model_dump(mode="json")})
+    visit.wait_for_text("#progress", "Estimated from a sample")
+    assert page.locator("#tokens details[open]").count() == 3
+    page.locator("#cut").press("Home")
+    shortest = page.locator("[data-text=rows]").inner_text()
+    is_sound()
+    post("progress", {"fraction": 0.5})
+    page.locator("#progress progress[value='0.5']").wait_for()
+    assert page.locator("[data-text=rows]").inner_text() == shortest, "what stands there is not touched"
+    page.evaluate("window.isSamePage = true")
+    exact = make_profile(stage.random, "whole", 8998)
+    post("result", {"profile": exact.model_dump(mode="json")})
+    page.locator("#progress").wait_for(state="detached")
+    visit.wait_for_text("#duplicates", "line 90 (about 93.0 % alike)")
+    assert page.evaluate("window.isSamePage") is True
+    page.locator("#cut").press("ArrowRight")
+    assert page.locator("[data-text=rows]").inner_text() != shortest, "the slider works on"
+    is_sound()
 
 
 def test_the_theme_is_chosen_and_kept(visit: Visit, scenes: Scenes) -> None:

@@ -47,7 +47,7 @@ MEMORY_BYTES = 16 * 2**30
 NUM_PREVIEWED = 20  # rows
 MAX_PREVIEWED_TOKENS = 4096  # of one sample
 MOST_UNTRAINED_PREVIEWED = 3  # samples without a trained token that come further behind
-TOKENISING_SHARE = 0.85  # of the work, as measured; the rest is looking for duplicates
+TOKENISING_SHARE = 0.9  # of the work, as measured; the rest is looking for duplicates
 PROGRESS_EVERY_S = 1.0
 
 CHILD_ENVIRONMENT = {

@@ -41,11 +41,13 @@ def forecast_job(services: Services, plan: JobPlan, spec: JobSpec, totals: RunTo
     with services.database.read() as session:
         place, offer = _place(session, spec, services.clock())
         host = session.get(Host, offer.id) if offer else None
-        device = _device(host, offer) or plan.device
         history = read_history(session)
+    device, there = plan.device, _device(host, offer)
+    # What this host did tells nothing of a device that is only looked at.
+    host_id = offer.id if offer and there and there.name == device.name else None
     seen = memory_seen(history, likeness_of(plan, device))
     return Forecast(
-        time=forecast_time(plan, work_of(plan, disk), device, offer.id if offer else None, history),
+        time=forecast_time(plan, work_of(plan, disk), device, host_id, history),
         device_kind=device.kind,
         num_devices=spec.parallel.devices if device.kind == "gpu" else 1,
         price=settings.price_per_gpu_hour,

@@ -23,6 +23,9 @@ from core.zero import Loaded, fault
 Stage = Literal[0, 1, 2, 3]
 Way = tuple[Stage, Offload, bool, MemoryPlan]  # the third: whether activations are recomputed
 
+# What is decided here, by field of the spec.
+PLACED_FIELDS = ("parallel.zero_stage", "parallel.offload", "compute.gradient_checkpointing")
+
 # Of a device's memory; the rest is for what an estimate misses and an allocator cannot use.
 USABLE_SHARE = 0.9
 
@@ -78,9 +81,16 @@ def place(
 def has_room_for(
     spec: JobSpec, shape: Architecture | None, device: Device, bounds: StepBounds, length: int, *, loaded: Loaded
 ) -> bool:
-    """Whether samples of so many tokens, each filling its row, fit in some way that `spec` leaves open, as many as a
-    pass takes; True where there is no estimate. Its dtype and attention are resolved."""
+    """The same of samples of so many tokens, each filling its row, as many as a pass takes."""
     largest = bounds.of_length(length, spec.batch.micro_batch_size, is_one_row=spec.packing.mode == "padding_free")
+    return fits_somehow(spec, shape, device, largest, loaded=loaded)
+
+
+def fits_somehow(
+    spec: JobSpec, shape: Architecture | None, device: Device, largest: LargestPass, *, loaded: Loaded
+) -> bool:
+    """Whether this pass fits in some way that `spec`, whose dtype and attention are resolved, leaves open; True where
+    there is no estimate."""
     compute = spec.compute
     placed = place(spec, shape, device, largest, dtype=compute.dtype, attention=compute.attention, loaded=loaded)
     return placed.plan is None or placed.plan.total <= USABLE_SHARE * available_bytes(spec, device)
@@ -181,7 +191,7 @@ def _reasons(
     if not fitting:
         least = min(way[3].total for way in ways)
         short = Reason("auto.memory_short", {"needed": size(least), "available": size(available)})
-        return dict.fromkeys(_FIELDS, short)
+        return dict.fromkeys(PLACED_FIELDS, short)
     stage, offload, recompute, plan = fitting[0]
     numbers: dict[str, str | int | float] = {"needed": size(plan.total), "available": size(available)}
 
@@ -206,10 +216,7 @@ def _reasons(
         again = Reason("auto.checkpointing_needed", least_of(without) if without else numbers)
     else:
         again = Reason("auto.checkpointing_none", numbers)
-    return dict(zip(_FIELDS, (zero, off, again), strict=True))
-
-
-_FIELDS = ("parallel.zero_stage", "parallel.offload", "compute.gradient_checkpointing")
+    return dict(zip(PLACED_FIELDS, (zero, off, again), strict=True))
 
 
 def _without_a_plan(spec: JobSpec, shape: Architecture | None, device: Device) -> Placement:
@@ -219,7 +226,7 @@ def _without_a_plan(spec: JobSpec, shape: Architecture | None, device: Device) -
     offload = "none" if spec.parallel.offload == "auto" else spec.parallel.offload
     asked = spec.compute.gradient_checkpointing
     recompute = device.kind == "gpu" if asked == "auto" else asked
-    return Placement(stage, offload, recompute, None, dict.fromkeys(_FIELDS, reason))
+    return Placement(stage, offload, recompute, None, dict.fromkeys(PLACED_FIELDS, reason))
 
 
 def unknown_sizes(shape: Architecture | None) -> Reason:

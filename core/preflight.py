@@ -6,7 +6,7 @@ which are held out (core.selection), `auto` and its reasons, the optimizer steps
 can't differ.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -33,7 +33,7 @@ from core.memory import count_adapter_parameters
 from core.memory_report import MemoryReport, report_memory
 from core.overlap import Overlap, find_overlap
 from core.packing import BatchBy, PlanSettings, RunPlan, SampleSet, Segment, Step, plan_run
-from core.placement import has_room_for, place
+from core.placement import PLACED_FIELDS, has_room_for, place
 from core.presets import auto_attention, auto_dtype, auto_learning_rate
 from core.profile import DataProfile, ModelProfile
 from core.refusals import refuse
@@ -253,15 +253,23 @@ class JobPlan:
     def has_room_for(self, length: int) -> bool:
         """Whether samples of so many tokens, each filling its row, fit by estimate in some way that was not ruled out;
         True where the model's sizes are not known."""
-        auto = {choice.field for choice in self.choices}
-        parallel, compute = self.spec.parallel, self.spec.compute
-        left = {"zero_stage": "auto"} if "parallel.zero_stage" in auto else {}
-        left |= {"offload": "auto"} if "parallel.offload" in auto else {}
-        recompute = {"gradient_checkpointing": "auto"} if "compute.gradient_checkpointing" in auto else {}
-        spec = self.spec.model_copy(
-            update={"parallel": parallel.model_copy(update=left), "compute": compute.model_copy(update=recompute)}
-        )
+        spec = self.spec_with_auto(self.auto_fields)
         return has_room_for(spec, self.model.shape, self.device, self.bounds, length, loaded=self.loaded)
+
+    @property
+    def auto_fields(self) -> frozenset[str]:
+        """Of the way to lay the job out, those that were left to `auto`."""
+        return frozenset(choice.field for choice in self.choices).intersection(PLACED_FIELDS)
+
+    def spec_with_auto(self, fields: Iterable[str]) -> JobSpec:
+        """The resolved spec, some of PLACED_FIELDS left to `auto` again."""
+        changed: dict[str, dict[str, str]] = {"parallel": {}, "compute": {}}
+        for field in fields:
+            part, name = field.split(".")
+            changed[part][name] = "auto"
+        return self.spec.model_copy(
+            update={part: getattr(self.spec, part).model_copy(update=values) for part, values in changed.items()}
+        )
 
     def learning_rates(self) -> list[float]:
         """The planned rate of steps 0 to n."""

@@ -7,7 +7,7 @@ from typing import Literal
 from core.errors import Parameter, Reason
 from core.fix import WARMUPS, Fix, Value, default_warmup, longer_samples
 from core.memory_report import LENGTH_STEP
-from core.placement import size
+from core.placement import PLACED_FIELDS, fits_somehow, size
 from core.preflight import JobPlan
 
 Level = Literal["warning", "info"]
@@ -132,8 +132,12 @@ def _of_memory(plan: JobPlan) -> Iterator[Remark]:
 def _smaller(plan: JobPlan) -> Iterator[Fix]:
     """What fits by the same estimate: another way to lay the job out, fewer rows at a time, or shorter samples."""
     report, batch = plan.memory, plan.spec.batch
+    given = [field for field in PLACED_FIELDS if field not in plan.auto_fields]
+    spec = plan.spec_with_auto(PLACED_FIELDS)
     way = next((way for way in report.ways if way.fits), None)
-    if way is not None and report.chosen is not None:
+    if given and fits_somehow(spec, plan.model.shape, plan.device, plan.largest, loaded=plan.loaded):
+        yield dict.fromkeys(given, "auto")
+    elif way is not None:
         values: Fix = {
             "parallel.zero_stage": way.zero_stage,
             "parallel.offload": way.offload,

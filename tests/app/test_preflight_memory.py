@@ -4,10 +4,12 @@ import re
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
+from app.pages import format
 from app.pages.memory_bars import GAP, MOST_DEVICES, ROOM, WIDTH, Chart, draw_memory
 from core.architecture import Architecture
-from core.memory import TERM_TITLES
+from core.memory import TERM_FORMULAS, TERM_TITLES
 from core.preflight import JobPlan, plan_job
 from core.profile import ModelProfile
 from core.spec import parse_spec
@@ -176,3 +178,25 @@ def test_a_jobs_page_puts_the_planned_peak_beside_the_measured_one(house: House)
     host.send(launch, [step(3, 2, memory_peak_bytes=5 * 2**28)])
     page = browser.get(f"/jobs/{job}").text
     assert "<dd>1.25 GiB</dd>" in page and "planned 1.50 GiB" in page
+
+
+def test_the_panel_compares_the_paths_of_attention_and_explains_every_term(house: House) -> None:
+    ready(house, gpu(80))
+    page = panel(house, **{"method__type": "full", "compute.attention": "eager", "data__max_length": "4096"})
+    report = plan(
+        80, method={"type": "full"}, compute={"attention": "eager"}, data={**SPEC["data"], "max_length": 4096}
+    )
+    paths = report.memory.by_attention
+    for path, total in ((path, format.size(each.total)) for path, each in paths.items()):
+        assert re.search(
+            rf'<th scope="row">{path}( <span class="tag">planned</span>)?</th><td class="num">{total}</td>', page
+        )
+    assert '<th scope="row">eager <span class="tag">planned</span></th>' in page
+    assert paths["eager"].total == report.memory.chosen.plan.total > paths["sdpa"].total > paths["flash"].total  # type: ignore[union-attr]
+    assert f"Here N is {report.largest.longest_row:,}." in page and f"(here {report.largest.tokens:,})" in page
+    for term, formula in TERM_FORMULAS.items():
+        assert f"<strong>{escape(TERM_TITLES[term])}</strong><br>{escape(formula)}</p>" in page, term
+    told = preflight(
+        house, method={"type": "full"}, compute={"attention": "eager"}, data={**SPEC["data"], "max_length": 4096}
+    )
+    assert told.json()["memory"]["attention_bytes"] == {path: each.total for path, each in paths.items()}

@@ -1,13 +1,22 @@
 """Plans of known sizes, and what must hold of any plan."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.memory import TERM_TITLES, Load, count_adapter_parameters, estimate_memory
+from core.memory import (
+    TERM_FORMULAS,
+    TERM_TITLES,
+    Load,
+    Term,
+    activation_bytes,
+    chunk_rows,
+    count_adapter_parameters,
+    estimate_memory,
+)
 from core.spec import Full, Lora, Qlora
 from tests.core.shapes import LLAMA_7B, LLAMA_70B
 
@@ -110,3 +119,59 @@ def test_stored_scores_grow_with_the_rows_width_and_fused_ones_do_not() -> None:
 
     assert activations("eager", 4096) - activations("eager", 2048) == 32 * 6 * 32 * 4096 * 2048
     assert activations("flash", 4096) == activations("flash", 2048)
+
+
+def test_every_term_there_is_has_a_title_and_a_formula_and_is_in_every_plan() -> None:
+    terms = set(get_args(Term))
+    assert TERM_TITLES.keys() == TERM_FORMULAS.keys() == terms
+    assert estimate_memory(FULL).terms.keys() == terms
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "offload", "optimizer"),
+    [
+        (1, 0, "none", "adamw"),
+        (4, 0, "none", "adamw"),
+        (4, 1, "none", "adamw_8bit"),
+        (4, 2, "none", "adamw"),
+        (4, 3, "none", "paged_adamw_8bit"),
+        (4, 2, "optimizer", "adamw"),
+        (4, 3, "optimizer_and_params", "adamw"),
+    ],
+)
+def test_the_formulas_shown_are_those_that_the_plan_follows(
+    ranks: int, stage: int, offload: str, optimizer: str
+) -> None:
+    """Of a full fine-tune in bf16, in the letters of the page: T, F, R, L, n, h, c, r, V."""
+    changes: dict[str, Any] = {"num_ranks": ranks, "zero_stage": stage, "offload": offload, "optimizer": optimizer}
+    load = replace(FULL, **changes)
+    shape, R, n, c, r = load.shape, ranks, load.tokens, 2, 4
+    T, F = shape.parameters.total, 0
+    L, h, V = shape.num_layers or 0, shape.hidden_size or 0, shape.vocabulary or 0
+    stays = offload == "none"
+    moments = {"adamw": 8 * T, "adamw_8bit": 2 * T + 8 * -(-T // 256), "paged_adamw_8bit": 8 * -(-T // 256)}[optimizer]
+    expected = {
+        "weights": (4 * T + F) // (R if stage == 3 else 1) if offload != "optimizer_and_params" else 0,
+        "gradients": 4 * T // (R if stage >= 2 else 1) if stays else 0,
+        "moments": moments // (R if stage >= 1 else 1) if stays else 0,
+        "masters": 4 * T // R if stage >= 1 and stays else 0,
+        "process": 1200 << 20,
+    }
+    if stage == 0:
+        expected["gathered"] = 2 * min(4 * T, 32 << 20) if R > 1 else 0
+    else:
+        cut = round((4 * T + F) * min(1.0, 1e9 / T)) if stage == 3 else 0
+        expected["gathered"] = 2 * min(4 * T, 64 << 20) + cut
+    head = shape.parameters.head
+    matrices = shape.parameters.attention + shape.parameters.mlp + head
+    layer = activation_bytes(load)
+    around = n * h * (4 + 3 * r) + 4 * n * h
+    recomputes = load.gradient_checkpointing
+    expected["activations"] = (L * n * h * r + layer if recomputes else L * layer) + around
+    expected["casts"] = c * matrices // (L if recomputes else 1)
+    rows = min(chunk_rows(V, on_gpu=True), n)
+    chunk = rows * V * (8 + c) + V * h * (4 + c)
+    width = shape.intermediate_size or 0
+    under_way = 2 * c * n * width + (4 + c) * h * width
+    expected["working"] = max(chunk, under_way) + 4 * V * h
+    assert estimate_memory(load).terms == expected

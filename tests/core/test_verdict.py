@@ -200,7 +200,7 @@ def planned(spec: dict[str, Any], gigabytes: float, facts: DataProfile) -> JobPl
     ("spec", "gigabytes", "fixed"),
     [
         ({"batch": {"micro_batch_size": 32}, "compute": {"gradient_checkpointing": False}}, 24,
-         ["parallel.zero_stage", "batch.micro_batch_size", "data.max_length"]),
+         ["compute.gradient_checkpointing", "batch.micro_batch_size", "data.max_length"]),
         ({"batch": {"micro_batch_size": 16, "samples_per_step": 64}, "data": {"max_length": 2048}}, 8,
          ["batch.micro_batch_size", "data.max_length"]),
         ({"batch": {"micro_batch_size": 16, "samples_per_step": 64}, "data": {"max_length": 2048},

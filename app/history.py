@@ -80,7 +80,15 @@ def past_run(
     job: Job, device: Device, host: str, *, seconds: float | None = None, has_succeeded: bool = False
 ) -> PastRun | None:
     """`seconds` is given of a job that has succeeded in one go. None where it made no step, goes on from another job's
-    steps, which may have been made elsewhere, or only probed learning rates."""
+    steps, which may have been made elsewhere, or only probed learning rates; and where a worker of another release told
+    its plan otherwise, for whoever tells its end must not be refused because of it."""
+    try:
+        return _past_run(job, device, host, seconds=seconds, has_succeeded=has_succeeded)
+    except (KeyError, ValidationError):
+        return None
+
+
+def _past_run(job: Job, device: Device, host: str, *, seconds: float | None, has_succeeded: bool) -> PastRun | None:
     plan, summary = job.plan or {}, job.summary or {}
     is_trial = job.trial is not None
     if not summary.get("steps_s") or not plan or job.resume_jobs:

@@ -127,3 +127,19 @@ def test_the_newest_come_first(ledger: Ledger) -> None:
     for launch in launches:
         end(ledger, launch)
     assert [run.job for run in told(ledger)] == [launch.job for launch in reversed(launches)]
+
+
+@pytest.mark.parametrize("choices", [[], [{"field": "parallel.zero_stage", "value": 7}], [{"value": 0}]])
+def test_a_plan_that_another_release_told_otherwise_ends_its_job_all_the_same(
+    ledger: Ledger, choices: list[dict[str, Any]]
+) -> None:
+    launch = begin(ledger)
+    ledger.record(launch, make(3, 2))
+    with ledger.services.database.write() as session:
+        job = session.get_one(Job, launch.job)
+        job.plan = {**(job.plan or {}), "choices": choices}
+        session.add(job)
+    assert told(ledger) == []
+    end(ledger, launch)
+    assert ledger.job(launch.job).state == "succeeded"
+    assert told(ledger) == []

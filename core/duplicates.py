@@ -237,31 +237,57 @@ class Alike:
 def find_alike(sketches: Sketches, others: Sketches) -> Alike:
     """Texts as alike as SIMILAR agree in 0.9 of a sketch's bits: in all that agree, and in half of the rest."""
     distinct, of_sketch = np.unique(sketches, axis=0, return_inverse=True)
-    others = others[(others[:, 0] | others[:, 1]) != 0]
-    found = ~distinct.any(axis=1)  # those without words need no comparing
-    without_words = found.copy()
-    is_whole = True
-    num_left = MOST_PAIRS
+    others = others[_have_words(others)]
+    found: BoolArray = np.zeros(len(distinct), np.bool_)
+    num_left, is_whole = MOST_PAIRS, True
     for band in range(NUM_SKETCH_BANDS):
-        missing = np.flatnonzero(~found)
-        keys, other_keys = _sketch_keys(distinct[missing], band), _sketch_keys(others, band)
-        order = np.argsort(keys, kind="stable")
+        asked = np.flatnonzero(_have_words(distinct) & ~found)
+        pairs = _Pairs.of(distinct[asked], others, band)
+        is_whole = is_whole and len(pairs) <= num_left
+        num_compared = min(len(pairs), num_left)
+        for start in range(0, num_compared, PAIRS_AT_A_TIME):
+            mine, theirs = pairs.at(np.arange(start, min(start + PAIRS_AT_A_TIME, num_compared)))
+            differing = np.bitwise_count(distinct[asked[mine]] ^ others[theirs]).sum(axis=1)
+            found[asked[mine[differing <= (1 - SIMILAR) / 2 * NUM_PERMUTATIONS]]] = True
+        num_left -= num_compared
+    return Alike(found[of_sketch.reshape(-1)], is_whole)
+
+
+def _have_words(sketches: Sketches) -> BoolArray:
+    have: BoolArray = (sketches[:, 0] | sketches[:, 1]) != 0
+    return have
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """All pairs of two sets that agree in a band, without a list of them: `others[i]` agrees with num_pairs[i] of the
+    first set, which stand side by side in `order` from begins[i] on."""
+
+    order: IntArray
+    others: IntArray
+    begins: IntArray
+    ends: IntArray  # in the line of all pairs
+    num_pairs: IntArray
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    @classmethod
+    def of(cls, sketches: Sketches, others: Sketches, band: int) -> "_Pairs":
+        keys, other_keys = _sketch_keys(sketches, band), _sketch_keys(others, band)
         is_wanted = np.zeros(1 << 16, np.bool_)
         is_wanted[keys] = True
-        candidates = np.flatnonzero(is_wanted[other_keys])
-        begin = np.searchsorted(keys[order], other_keys[candidates], side="left")
-        num_pairs = np.searchsorted(keys[order], other_keys[candidates], side="right") - begin
-        before = np.cumsum(num_pairs) - num_pairs
-        is_whole = is_whole and int(num_pairs.sum()) <= num_left
-        for start in range(0, min(int(num_pairs.sum()), num_left), PAIRS_AT_A_TIME):
-            pair = np.arange(start, min(start + PAIRS_AT_A_TIME, int(num_pairs.sum())))
-            candidate = np.searchsorted(before + num_pairs, pair, side="right")
-            mine = missing[order[begin[candidate] + pair - before[candidate]]]
-            theirs = candidates[candidate]
-            differing = np.bitwise_count(distinct[mine] ^ others[theirs]).sum(axis=1)
-            found[mine[differing <= (1 - SIMILAR) / 2 * NUM_PERMUTATIONS]] = True
-        num_left -= min(int(num_pairs.sum()), num_left)
-    return Alike((found & ~without_words)[of_sketch.reshape(-1)], is_whole)
+        candidates = np.flatnonzero(is_wanted[other_keys])  # few: a look at each is all that most of them cost
+        order = np.argsort(keys, kind="stable")
+        begins = np.searchsorted(keys[order], other_keys[candidates], side="left")
+        num_pairs = np.searchsorted(keys[order], other_keys[candidates], side="right") - begins
+        return cls(order, candidates, begins, np.cumsum(num_pairs), num_pairs)
+
+    def at(self, places: IntArray) -> tuple[IntArray, IntArray]:
+        """Of these pairs, in the line of all, the number in the first set and in the other."""
+        which = np.searchsorted(self.ends, places, side="right")
+        nth = places - (self.ends - self.num_pairs)[which]
+        return self.order[self.begins[which] + nth], self.others[which]
 
 
 def _sketch_keys(sketches: Sketches, band: int) -> IntArray:

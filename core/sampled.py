@@ -86,4 +86,4 @@ def _scaled(number: int | None, factor: float) -> int | None:
 
 
 def _column(numbers: npt.NDArray[np.integer]) -> Column:
-    return Column(memoryview(np.ascontiguousarray(numbers).astype(np.uint64)))
+    return Column(numbers.astype(np.uint64, order="C").data)

@@ -1,4 +1,4 @@
-"""What a person should know of a model before they fine-tune it: its build, and the licence that its result is under."""
+"""What a person should know of a model before they fine-tune it: its build, and the licence that binds a result."""
 
 from dataclasses import dataclass
 

@@ -118,7 +118,7 @@ def packed_row(previews: Sequence[TokenPreview], row_length: int) -> PackedRow |
     None where no two share a row."""
     fitting = [sample for sample in previews if _num_trained(sample) and sample.num_tokens <= row_length]
     packs = best_fit(as_lengths(sample.num_tokens for sample in fitting), row_length)
-    fullest = max((row.tolist() for row in packs), key=len, default=[])
+    fullest: list[int] = max((row.tolist() for row in packs), key=len, default=[])
     if len(fullest) < 2:
         return None
     samples = [fitting[place] for place in fullest]

@@ -42,8 +42,8 @@ def with_duplicates(
     return measured.profile.model_copy(
         update={
             "duplicates": _count(rows, signatures, first),
-            "sample_group": Column(memoryview(numbers[of_sample].astype(np.uint64))),
-            "sample_sketches": Column(memoryview(sketch(signatures, has_words)[of_sample].reshape(-1))),
+            "sample_group": Column(numbers[of_sample].astype(np.uint64).data),
+            "sample_sketches": Column(sketch(signatures, has_words)[of_sample].reshape(-1).data),
         }
     )
 

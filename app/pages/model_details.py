@@ -36,8 +36,9 @@ class ModelDetails:
 def model_details(profile: ModelProfile, chat_template: str | None) -> ModelDetails:
     """`chat_template` is the spec's."""
     counts = {} if profile.shape is None else dict(profile.shape.parameters)
+    total = sum(counts.values())
     parts = tuple(
-        PartOfModel(translate(title), counts[kind], format.percent(counts[kind] / profile.num_parameters))
+        PartOfModel(translate(title), counts[kind], format.percent(counts[kind] / total))
         for kind, title in KIND_TITLES.items()
         if counts.get(kind)
     )

@@ -16,6 +16,7 @@ MOST_TOKENS = 1500  # of a sample
 NUM_OPEN = 3  # samples; the others are a click away
 # Of a sample within a packed row, its ends:
 HEAD_TOKENS, TAIL_TOKENS = 12, 8
+WHOLE_TOKENS = 24  # one up to here is shown whole
 MOST_TOLD = 5  # samples of a row; all are drawn
 
 
@@ -136,9 +137,9 @@ def packed_row(previews: Sequence[TokenPreview], row_length: int) -> PackedRow |
 
 def _packed(sample: TokenPreview, start: int, row_length: int) -> PackedSample:
     length = sample.num_tokens
-    head = min(HEAD_TOKENS, length)
+    head = length if length <= WHOLE_TOKENS else HEAD_TOKENS
     # The end of a very long sample is not in the preview.
-    tail = 0 if sample.num_hidden else min(TAIL_TOKENS, length - head)
+    tail = 0 if sample.num_hidden or head == length else TAIL_TOKENS
     return PackedSample(
         line=sample.line,
         start=start,

@@ -334,7 +334,7 @@ def test_a_samples_numbers_come_first_and_the_exact_ones_without_a_reload(visit:
     exact = make_profile(stage.random, "whole", 8998)
     post("result", {"profile": exact.model_dump(mode="json")})
     page.locator("#progress").wait_for(state="detached")
-    visit.wait_for_text("#duplicates", "line 90 (about 93.0 % alike)")
+    visit.wait_for_text("#duplicates", "line 90 (about 93 % alike)")
     assert page.evaluate("window.isSamePage") is True
     page.locator("#cut").press("ArrowRight")
     assert page.locator("[data-text=rows]").inner_text() != shortest, "the slider works on"

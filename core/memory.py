@@ -31,7 +31,7 @@ TERM_TITLES: dict[Term, str] = {
     "masters": N_("master weights of the shards"),
     "activations": N_("activations"),
     "working": N_("what is at work: a chunk of logits, or the gradients inside one layer"),
-    "casts": N_("bf16 copies of trained weights"),
+    "casts": N_("copies that are computed with: bf16 of trained weights, experts with their adapters"),
     "gathered": N_("gathered weights and buckets"),
     "process": N_("process and libraries"),
 }
@@ -53,10 +53,13 @@ TERM_FORMULAS: dict[Term, str] = {
     ),
     "working": N_(
         "the larger of a chunk of logits (8 V a row, c V more in 16 bits, and a trained head's gradient) and what is "
-        "under way in a layer (2 c n times the width of its MLP, and a trained matrix' gradient); 4 V h of a trained "
-        "head; c times the row's length squared of a dense mask"
+        "under way in a layer (2 c n times the width of its MLP, of experts c n h for each that a token meets, and a "
+        "trained matrix' gradient); 4 V h of a trained head; c times the row's length squared of a dense mask"
     ),
-    "casts": N_("c for each value of a trained matrix in 16 bits, over L with checkpointing; none where LoRA is fused"),
+    "casts": N_(
+        "c for each value of a trained matrix in 16 bits, none where LoRA is fused; c for each of experts with "
+        "adapters; over L with checkpointing"
+    ),
     "gathered": N_(
         "none on one device without ZeRO; two buckets of 4 T, at most 32 MiB each, 64 MiB from stage 1 on; under "
         "stage 3 also 4 T + F, of at most a billion values"
@@ -229,6 +232,7 @@ def _passing(load: Load, counts: Counts) -> dict[Term, int]:
     residual = FP32 if is_full else compute
     layer = activation_bytes(load)
     casts = compute * counts.trained_matrices if load.dtype != "fp32" and not is_fused(load) else 0
+    casts += compute * _merged_experts(load)
     around = load.tokens * shape.hidden_size * (FP32 + FP32 * is_full + 3 * residual)
     # The decoder's backward pass begins when all logits are through.
     working = max(_logits(load), _under_way(load)) + _held_by_head(load)
@@ -236,6 +240,17 @@ def _passing(load: Load, counts: Counts) -> dict[Term, int]:
         return {"activations": shape.num_layers * layer + around, "working": working, "casts": casts}
     kept = shape.num_layers * load.tokens * shape.hidden_size * residual + around
     return {"activations": kept + layer, "working": working, "casts": casts // shape.num_layers}
+
+
+def _merged_experts(load: Load) -> int:
+    """Values of the experts that bear adapters: PEFT adds a layer's experts and their adapters up to one tensor, by
+    which the grouped product multiplies, and which the graph keeps."""
+    shape, method = load.shape, load.method
+    if not isinstance(method, Adapter) or not shape.num_experts:
+        return 0
+    adapted = adapters_of_layer(shape, method)
+    thirds = 2 * ("gate_up_proj" in adapted) + ("down_proj" in adapted)  # gate and up are two matrices of three
+    return shape.parameters.experts * thirds // 3
 
 
 def is_fused(load: Load) -> bool:
@@ -270,15 +285,20 @@ def activation_bytes(load: Load) -> int:
 
 
 def _under_way(load: Load) -> int:
-    """Gradients inside one layer of the backward pass: two of the MLP's width, and one matrix' before it is added."""
+    """Gradients inside one layer of the backward pass: two of the MLP's width, of experts also of what is gathered for
+    them, and one matrix' before it is added."""
     shape = load.shape
     c = BYTES[load.dtype]
-    width = shape.intermediate_size or (shape.expert_size or 0) * (shape.experts_per_token or 0)
+    if shape.num_experts:
+        met = shape.experts_per_token or 0
+        width, gathered = (shape.expert_size or 0) * met, (shape.hidden_size or 0) * met
+        side = (shape.expert_size or 0) * shape.num_experts
+    else:
+        width, gathered, side = shape.intermediate_size or 0, 0, shape.intermediate_size or 0
     matrix = 0
     if not isinstance(load.method, Adapter):
-        side = shape.intermediate_size or (shape.expert_size or 0) * shape.num_experts
         matrix = (FP32 + (c if load.dtype != "fp32" else 0)) * (shape.hidden_size or 0) * side
-    return 2 * c * width * load.tokens + matrix
+    return c * (2 * width + gathered) * load.tokens + matrix
 
 
 def _mlp(shape: Architecture, c: int) -> int:

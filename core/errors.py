@@ -237,7 +237,31 @@ TEXTS: dict[str, str] = {
     "change.value": N_("{field} is {after} instead of {before}"),
     "change.warmup": N_("the warm-up is {warmup_after:,} steps instead of {warmup_before:,}"),
     # -- engine --------------------------------------------------------------------------------------------------
+    "certify.broken": N_("{kind} between two layouts: {problem}"),
+    "certify.by_rows": N_(
+        "with batch.rows_per_step the layout decides which samples meet in a step, so another one makes other steps; "
+        "with batch.samples_per_step they are compared too"
+    ),
+    "certify.differs": N_(
+        "NOT equal: {num_differing} of {count} layouts make other steps ({names}); losses differ by up to {loss}, "
+        "gradient norms by up to {norm}, where {allowed} is allowed. It is a bug: please report it with the spec"
+    ),
+    "certify.equal": N_(
+        "Equal: {count} layouts make the same steps; losses differ by at most {loss}, gradient norms by at most {norm}, "
+        "where {allowed} is allowed"
+    ),
     "certify.failed": N_("{layout} does not run, so nothing can be held against it: {reason}"),
+    "certify.fault": N_(
+        "Not proven: {names} ended by a fault; the other {count} layouts make the same steps, losses differ by at most "
+        "{loss}, gradient norms by at most {norm}"
+    ),
+    "certify.no_number": N_("its losses or gradient norms are no numbers"),
+    "certify.nothing_packed": N_(
+        "Equal, but packing was not tried, for no layout put two samples into one row: raise packing.row_length. "
+        "Losses of the {count} layouts differ by at most {loss}, gradient norms by at most {norm}"
+    ),
+    "certify.one_device": N_("there is one device; on two or more they are compared too"),
+    "certify.unexplained": N_("it ended with exit code {code} and no word of its own; its log is in {directory}"),
     "engine.adapter_missing": N_(
         "{folder} holds no adapter_config.json, so there is no adapter to start from; "
         "name the folder of a saved adapter"
@@ -677,6 +701,31 @@ TEXTS: dict[str, str] = {
     "knob.zero_too_large": N_(
         "stage {stage}: {size} of a device's {device}, {communication}x communication; too large"
     ),
+    # -- filter: the language that filters jobs -------------------------------------------------------------------
+    "filter.close": N_("character {at}: this ) closes nothing; remove it, or open a ( before it"),
+    "filter.field": N_("character {at}: {name} is no field; known are {known}. To look for it as text, quote it"),
+    "filter.field_close": N_(
+        "character {at}: {name} is no field; did you mean {close}? To look for it as text, quote it"
+    ),
+    "filter.no_value": N_(
+        "character {at}: {name} is compared with nothing; write a value right behind the sign, without a space"
+    ),
+    "filter.nothing": N_(
+        "character {at}: nothing stands here to look for; write a test such as state:running, or a text"
+    ),
+    "filter.number": N_("character {at}: {value} is no number, which {name} needs; write 2e-4, 64k or 97%"),
+    "filter.open": N_("character {at}: this ( is never closed; write a ) behind what belongs together"),
+    "filter.operator": N_("character {at}: {name} does not know {operator}; it takes {known}"),
+    "filter.quote": N_('character {at}: this quote is never closed; write a " behind the text'),
+    "filter.sort": N_("jobs are not sorted by {name}; choose one of {known}, with a - before it for the largest first"),
+    "filter.span": N_("character {at}: {value} is no span of time, which {name} needs; write 90s, 30m, 12h, 7d or 2w"),
+    "filter.time": N_(
+        "character {at}: {value} is no time, which {name} needs; write a span before now such as 7d, or a day such as "
+        "2026-11-24"
+    ),
+    "filter.too_deep": N_("character {at}: brackets and NOTs are nested deeper than {limit}; write it flatter"),
+    "filter.too_long": N_("the filter has {length:,} characters; at most {limit:,} are read, so shorten it"),
+    "filter.value": N_("character {at}: {name} is never {value}; it is one of {known}"),
     # -- forecast: time, cost, disk and place ---------------------------------------------------------------------
     "forecast.continues": N_("it goes on from the checkpoints of another job, which is not forecast"),
     "forecast.disk_short": N_(

@@ -1,6 +1,8 @@
 """Pages rendered by the real application: what they show, and that what a person wrote stays text."""
 
+import csv
 import html
+import io
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -234,6 +236,52 @@ def test_rows_of_the_list_are_found_by_name_tag_owner_and_state(house: House) ->
     assert found("q=100%25") == found(f"q={second}") == {second}
     assert found("q=bob") == found("state=queued") == found("q=tiny-llama+bob") == {first, second}
     assert found("q=alpha+beta") == found("state=failed") == found("q=nothing") == set()
+    assert found("q=alpha+OR+beta") == found("q=state:queued+created<1d") == {first, second}
+    assert found("q=tag:prod+NOT+beta") == found("q=(name~alpha)+owner:bob") == {first}
+
+
+def test_a_filter_that_cannot_be_read_is_told_at_its_place(house: House) -> None:
+    connect_host(house)
+    put_data(house)
+    submit(house)
+    browser = house.browser("alice")
+    page = browser.get("/jobs", params={"q": "owner:bob state:runing tag:x"}).text
+    assert "owner:bob state:<mark>runing</mark> tag:x" in page and "Character 17" in page
+    assert 'value="owner:bob state:runing tag:x"' in page and "<tr id=" not in page
+    assert browser.get("/jobs.csv", params={"q": "("}).status_code == 422
+
+
+def test_jobs_are_sorted_by_their_column_and_back(house: House) -> None:
+    connect_host(house)
+    put_data(house)
+    jobs = {name: submit(house, name=name) for name in ("b", "C", "a")}
+    browser = house.browser("alice")
+
+    def shown(path: str) -> list[str]:
+        return re.findall(r'<tr id="(job_\w+)"', browser.get(path).text)
+
+    page = browser.get("/jobs?q=state:queued").text
+    assert 'aria-sort="descending"><a href="/jobs?q=state%3Aqueued&amp;sort=created">Created' in page
+    by_name = html.unescape(re.findall(r'href="([^"]*sort=name)"', page)[0])
+    assert shown(by_name) == [jobs["a"], jobs["b"], jobs["C"]]
+    assert shown(by_name.replace("sort=name", "sort=-name")) == [jobs["C"], jobs["b"], jobs["a"]]
+    assert shown("/jobs?sort=nonsense") == shown("/jobs")
+
+
+def test_all_that_a_filter_finds_can_be_had_as_csv(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.pages.jobs.CSV_PAGE", 2)
+    connect_host(house)
+    put_data(house)
+    names = ["=1+1", 'with "quotes", and commas', "星期三", "plain", "left out"]
+    for name in names:
+        submit(house, name=name, tags=["x", "y"])
+    reply = house.browser("victor").get("/jobs.csv", params={"q": 'NOT name:"left out"', "sort": "name"})
+    assert reply.headers["content-disposition"] == 'attachment; filename="jobs.csv"'
+    rows = list(csv.DictReader(io.StringIO(reply.content.decode())))
+    assert [row["name"] for row in rows] == ["'=1+1", "plain", 'with "quotes", and commas', "星期三"]
+    assert all(
+        row["tags"] == "x y" and row["state"] == "queued" and row["created_at"].endswith("+00:00") for row in rows
+    )
 
 
 def test_hostile_texts_stay_texts_on_every_page(house: House) -> None:

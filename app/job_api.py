@@ -73,7 +73,7 @@ class JobView(BaseModel):
     plan: dict[str, Any] | None
     summary: dict[str, Any]
     forecast: dict[str, Any] | None  # core.forecast.Forecast, as it stood when the job was submitted
-    held_to: HeldTo | None  # of a job that is read by itself
+    held_to: HeldTo | None  # null in a list
     parent: str | None
     parent_kind: str | None
     trial: Trial | None
@@ -206,7 +206,7 @@ def post_job(request: Request, body: CreateJob, once: OnlyOnce, caller: AnyCalle
     def act(session: Session) -> JobView:
         author = _author(services, caller)
         job = create_job(session, spec, **author, trial=trial, forecast=forecast)
-        return view_jobs(session, [job], services.clock())[0]
+        return view_job(session, job, services.clock())
 
     response = once.reply(status.HTTP_201_CREATED, act)
     services.wake.notify(QUEUE_TOPIC, JOBS_TOPIC)
@@ -237,8 +237,7 @@ def list_jobs(
 def read_job(job_id: str, services: AnyServices) -> JobView:
     with services.database.read() as session:
         job = get_job(session, job_id)
-        (seen,) = view_jobs(session, [job], services.clock())
-        return seen.model_copy(update={"held_to": held_to(session, job, services.clock())})
+        return view_job(session, job, services.clock())
 
 
 @router.get("/{job_id}/trial")
@@ -289,7 +288,7 @@ def checkpoint(job_id: str, caller: AnyCaller, services: AnyServices) -> JobView
 def retry(job_id: str, once: OnlyOnce, caller: AnyCaller, services: AnyServices) -> Response:
     def act(session: Session) -> JobView:
         job = actions.retry(session, get_job(session, job_id), **_author(services, caller))
-        return view_jobs(session, [job], services.clock())[0]
+        return view_job(session, job, services.clock())
 
     response = once.reply(status.HTTP_201_CREATED, act)
     services.wake.notify(QUEUE_TOPIC, JOBS_TOPIC)
@@ -307,7 +306,7 @@ def extend(
         job = actions.extend(
             session, old, epochs=length.epochs, max_steps=length.max_steps, **_author(services, caller)
         )
-        return view_jobs(session, [job], services.clock())[0]
+        return view_job(session, job, services.clock())
 
     response = once.reply(status.HTTP_201_CREATED, act)
     services.wake.notify(QUEUE_TOPIC, JOBS_TOPIC)
@@ -425,6 +424,12 @@ def _parse_trial(request: Request, given: dict[str, Any] | None) -> AnyTrial | N
 
 
 # -- shared --------------------------------------------------------------------------------------------------------
+def view_job(session: Session, job: Job, now: float) -> JobView:
+    """With what it was predicted to do beside what it did, which takes a few queries."""
+    (seen,) = view_jobs(session, [job], now)
+    return seen.model_copy(update={"held_to": held_to(session, job, now)})
+
+
 def view_jobs(session: Session, jobs: Sequence[Job], now: float) -> list[JobView]:
     owners = _names(session, User, {job.owner for job in jobs})
     hosts = _names(session, Host, {job.host for job in jobs})
@@ -488,7 +493,7 @@ def _act(services: Services, job_id: str, act: Callable[[Session, Job], None]) -
         job = get_job(session, job_id)
         act(session, job)
         session.flush()
-        seen = view_jobs(session, [job], services.clock())[0]
+        seen = view_job(session, job, services.clock())
     services.wake.notify(QUEUE_TOPIC, JOBS_TOPIC, topic_of(job_id))
     return seen
 

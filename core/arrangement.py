@@ -38,6 +38,7 @@ class Arrangement:
     ranks: Sequence[Sequence[Rows]]
     lengths: Sequence[int]  # tokens, of each place
     num_rows: int  # without dummies
+    slots: int  # positions that the passes compute: in a micro-batch every row is as wide as its widest
 
     def passes(self) -> Iterator[list[list[int]]]:
         """Of all ranks: the lengths side by side in each row."""
@@ -47,9 +48,9 @@ class Arrangement:
                 yield [list(map(length_of, row)) for row in rows]
 
     @property
-    def slots(self) -> int:
-        """Positions that the passes compute: in a micro-batch every row is as wide as its widest."""
-        return sum(map(slots_of, self.passes()))
+    def has_pads(self) -> bool:
+        """Or dummies."""
+        return self.slots > sum(self.lengths)
 
 
 def slots_of(rows: Sequence[Sequence[int]]) -> int:
@@ -64,8 +65,9 @@ def arrange(lengths: Sequence[int], settings: PlanSettings, rows: Rows | None = 
 
 def arrange_padded(lengths: Sequence[int], batch: int) -> Arrangement:
     """The samples in their order on one rank, a row each, `batch` to a pass."""
-    passes = [[(place,) for place in range(len(lengths))[at : at + batch]] for at in range(0, len(lengths), batch)]
-    return Arrangement((passes,), lengths, len(lengths))
+    parts = [range(len(lengths))[at : at + batch] for at in range(0, len(lengths), batch)]
+    slots = sum(len(part) * max(map(lengths.__getitem__, part)) for part in parts)
+    return Arrangement(([[(place,) for place in part] for part in parts],), lengths, len(lengths), slots)
 
 
 class _Step:
@@ -75,23 +77,27 @@ class _Step:
         self._work = [length * (LINEAR_WORK_PER_TOKEN + length) for length in lengths]
 
     def arrange(self, rows: Rows | None) -> Arrangement:
-        per_rank = self._passes_of_ranks(rows)
+        per_rank, slots = self._passes_of_ranks(rows)
         num_passes = max(map(len, per_rank))
+        num_dummies = sum(num_passes - len(passes) for passes in per_rank)
         return Arrangement(
             [[*passes, *[DUMMY] * (num_passes - len(passes))] for passes in per_rank],
             self._lengths,
             num_rows=sum(len(rows) for passes in per_rank for rows in passes),
+            slots=slots + num_dummies * DUMMY_WIDTH,
         )
 
-    def _passes_of_ranks(self, rows: Rows | None) -> list[list[Rows]]:
+    def _passes_of_ranks(self, rows: Rows | None) -> tuple[list[list[Rows]], int]:
+        """And their slots."""
         settings, places = self._settings, range(len(self._lengths))
         match settings.mode:
             case "packed":
-                return [self._cut_rows(part) for part in self._packed_rows(rows)]
+                cut = [self._cut_rows(part) for part in self._packed_rows(rows)]
+                return [passes for passes, _ in cut], sum(slots for _, slots in cut)
             case "padding_free":
                 in_turn = self._in_turn(places)
                 parts = deal_evenly([self._work_of(part) for part in in_turn], settings.num_ranks)
-                return [[(in_turn[nth],) for nth in part] for part in parts]
+                return [[(in_turn[nth],) for nth in part] for part in parts], sum(self._lengths)
             case "grouped":
                 places_by_length = sorted(places, key=self._lengths.__getitem__, reverse=True)
                 return self._one_a_row(self._in_turn(places_by_length))
@@ -108,13 +114,13 @@ class _Step:
         borders = [-(-len(places) * number // num_passes) for number in range(num_passes + 1)]
         return [places[start:end] for start, end in pairwise(borders)]
 
-    def _one_a_row(self, in_turn: list[Places]) -> list[list[Rows]]:
+    def _one_a_row(self, in_turn: list[Places]) -> tuple[list[list[Rows]], int]:
         passes: list[Rows] = [[(place,) for place in part] for part in in_turn]
         widths = [max(map(self._lengths.__getitem__, part)) for part in in_turn]
-        work = [
-            len(part) * width * (LINEAR_WORK_PER_TOKEN + width) for part, width in zip(in_turn, widths, strict=True)
-        ]
-        return [[passes[nth] for nth in part] for part in deal_evenly(work, self._settings.num_ranks)]
+        slots = [len(part) * width for part, width in zip(in_turn, widths, strict=True)]
+        work = [number * (LINEAR_WORK_PER_TOKEN + width) for number, width in zip(slots, widths, strict=True)]
+        per_rank = [[passes[nth] for nth in part] for part in deal_evenly(work, self._settings.num_ranks)]
+        return per_rank, sum(slots)
 
     # -- packed ------------------------------------------------------------------------------------------------------
     def _packed_rows(self, planned: Rows | None) -> list[list[Places]]:
@@ -155,12 +161,13 @@ class _Step:
             rows += [[heaviest[nth] for nth in half] for half in halves]
         return rows
 
-    def _cut_rows(self, rows: Rows) -> list[Rows]:
-        """Rows of like width share a micro-batch."""
-        length_of = self._lengths.__getitem__
-        by_width = sorted(rows, key=lambda row: sum(map(length_of, row)), reverse=True)
-        size = self._settings.micro_batch_size
-        return [by_width[at : at + size] for at in range(0, len(by_width), size)]
+    def _cut_rows(self, rows: Rows) -> tuple[list[Rows], int]:
+        """Rows of like width share a micro-batch, whose first is its widest. And their slots."""
+        size, length_of = self._settings.micro_batch_size, self._lengths.__getitem__
+        widths = [sum(map(length_of, row)) for row in rows]
+        order = sorted(range(len(rows)), key=widths.__getitem__, reverse=True)
+        parts = [order[at : at + size] for at in range(0, len(order), size)]
+        return [[rows[nth] for nth in part] for part in parts], sum(len(part) * widths[part[0]] for part in parts)
 
     def _work_of(self, places: Places) -> int:
         return sum(map(self._work.__getitem__, places))

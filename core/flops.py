@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from core.architecture import Architecture
-from core.arrangement import DUMMY_WIDTH
+from core.arrangement import DUMMY_WIDTH, Arrangement, slots_of
 from core.layout import pad_pieces
 
 MULTIPLY_ADD = 2
@@ -48,8 +48,14 @@ class AttentionFlops:
     of_piece: tuple[int, ...]  # of a piece of so many positions
     of_pair: int | None  # of two positions of a row, where a dense mask is computed over all; None: within pieces
 
-    def __call__(self, rows: Sequence[Sequence[int]], slots: int) -> int:
-        """Of a pass whose `rows` hold the lengths of the samples side by side in them; none: a dummy's."""
+    def __call__(self, arrangement: Arrangement) -> int:
+        if self.of_pair is None and not arrangement.has_pads:
+            return sum(map(self.of_piece.__getitem__, arrangement.lengths))
+        return sum(map(self._of_pass, arrangement.passes()))
+
+    def _of_pass(self, rows: Sequence[Sequence[int]]) -> int:
+        """By the lengths that lie side by side in its rows; none: a dummy's."""
+        slots = slots_of(rows)
         width = slots // len(rows)
         if self.of_pair is not None:
             return slots * width * self.of_pair

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from core.arrangement import DUMMY_WIDTH, Arrangement, arrange, arrange_padded, slots_of
+from core.arrangement import DUMMY_WIDTH, Arrangement, arrange, arrange_padded
 from core.packing import (
     Algorithm,
     CountTargets,
@@ -31,8 +31,8 @@ from core.packing import (
 )
 
 MicroBatch = tuple[Row, ...]
-# What a forward pass computes, by the lengths that lie side by side in its rows, and its slots.
-CountFlops = Callable[[Sequence[Sequence[int]], int], int]
+# What the passes of a step compute.
+CountFlops = Callable[[Arrangement], int]
 
 BASELINE_BATCH = 8  # samples in a batch of the padded baseline that charts compare with
 
@@ -266,11 +266,9 @@ def _report_way(
             arrangement = arrange_padded(lengths, BASELINE_BATCH)
         else:
             arrangement = arrange(lengths, settings, plan.rows_of(index))
-        for rows_of_pass in arrangement.passes():
-            slots_of_pass = slots_of(rows_of_pass)
-            slots += slots_of_pass
-            if count_flops is not None:
-                flops += count_flops(rows_of_pass, slots_of_pass)
+        if count_flops is not None:
+            flops += count_flops(arrangement)
+        slots += arrangement.slots
         rows += arrangement.num_rows
         passes += len(arrangement.ranks[0])
         tokens += sum(lengths)

@@ -236,7 +236,9 @@ def wrap(lengths: IntArray, capacity: int) -> tuple[Packs, IntArray, IntArray]:
     their indices, start and end of each piece within its sample."""
     tokens_before = _offsets(lengths)
     row_borders = _every(capacity, int(tokens_before[-1]))
-    borders = np.union1d(tokens_before, row_borders)
+    # Two runs that rise, which a stable sort only merges.
+    borders = np.sort(np.concatenate((tokens_before, row_borders)), kind="stable")
+    borders = borders[np.append(True, borders[1:] > borders[:-1])]
     starts, ends = borders[:-1], borders[1:]
     indices = np.searchsorted(tokens_before, starts, side="right") - 1
     packs = Packs(np.searchsorted(borders, row_borders), indices, capacity)

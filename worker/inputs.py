@@ -106,6 +106,7 @@ def gather_inputs(
         adapter_path=adapter,
         resume=tuple(map(str, _checkpoints(settings, attempt, assignment.resume_from))),
         devices=assignment.devices,
+        cpu_slots=settings.num_devices or 1,
         ranks=spec.parallel.devices,
         cache_dir=str(settings.cache_dir),
         threads=threads_per_rank(settings.num_devices or 1, assignment.devices, spec.parallel.devices),

@@ -74,6 +74,7 @@ class Inputs(File):
     # A step that a checkpoint of another job has reached counts for `retry` just as one of this job's own.
     # GPUs, one a rank; on a CPU one slot, in which all ranks run.
     devices: tuple[str, ...] = ("cpu0",)
+    cpu_slots: int = 1  # of this host, which share its memory
     ranks: int = 1
     # Tokenised data by content, shared by the jobs of a host; "" = cache/ in the job directory.
     cache_dir: str = ""

@@ -38,8 +38,8 @@ def devices_of(job: Path, rank: int) -> contextlib.AbstractContextManager[object
     except FileNotFoundError:
         return contextlib.nullcontext()
 
-    def find(name: str, place: int) -> tuple[object, object]:
-        device, facts = find_device(name, place)
+    def find(name: str, place: int, cpu_slots: int) -> tuple[object, object]:
+        device, facts = find_device(name, place, cpu_slots)
         return device, facts.model_copy(update={"memory_bytes": memory_bytes})
 
     return mock.patch.object(engine, "find_device", find)

@@ -64,8 +64,8 @@ def test_what_does_not_fit_here_is_chosen_anew_and_said(
     assert jobs.run(begun, monkeypatch) == 0
     assert choices_of(begun)["compute.gradient_checkpointing"][0] is False
 
-    def find_less(name: str, place: int) -> tuple[object, object]:
-        device, facts = find_device(name, place)
+    def find_less(name: str, place: int, cpu_slots: int) -> tuple[object, object]:
+        device, facts = find_device(name, place, cpu_slots)
         return device, facts.model_copy(update={"memory_bytes": 1 << 20})
 
     monkeypatch.setattr(train, "find_device", find_less)

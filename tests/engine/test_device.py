@@ -6,11 +6,15 @@ from core.placement import standing_for_all
 from core.wire import Device
 from worker.engine.device import find_device
 from worker.engine.ending import outcome_of
+from worker.engine.inventory import cpu_devices
 
 
-def test_a_cpu_slot_is_the_cpu() -> None:
-    device, facts = find_device("cpu3")
+@pytest.mark.parametrize("num_slots", [1, 4])
+def test_a_cpu_slot_is_its_share_of_the_cpu_as_the_host_reports_it(num_slots: int) -> None:
+    device, facts = find_device("cpu0", cpu_slots=num_slots)
     assert device == torch.device("cpu") and facts.kind == "cpu" and not facts.has_bf16
+    assert facts == cpu_devices(num_slots)[0]
+    assert facts.memory_bytes == cpu_devices(1)[0].memory_bytes // num_slots
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")

@@ -2,21 +2,20 @@
 
 import os
 
-import psutil
 import torch
 
 from core.errors import UserError
 from core.wire import Device
+from worker.engine.processor import cpu_slot
 
 
-def find_device(name: str, place: int = 0) -> tuple[torch.device, Device]:
+def find_device(name: str, place: int = 0, cpu_slots: int = 1) -> tuple[torch.device, Device]:
     """`name` as in inputs.json: cpu0, gpu3; `place` is where it stands in that list. With CUDA_VISIBLE_DEVICES set, the
-    job's GPUs are the ones that are left, in the list's order.
+    job's GPUs are the ones that are left, in the list's order. `cpu_slots` share the processor.
 
     Raises UserError engine.no_device where torch cannot use it; it never falls back to the CPU."""
     if not name.startswith("gpu"):
-        memory_bytes = psutil.virtual_memory().total
-        return torch.device("cpu"), Device(id=name, kind="cpu", name="CPU", memory_bytes=memory_bytes)
+        return torch.device("cpu"), cpu_slot(name, cpu_slots)
     index = place if os.environ.get("CUDA_VISIBLE_DEVICES") else int(name.removeprefix("gpu"))
     try:
         properties = torch.cuda.get_device_properties(index)

@@ -11,7 +11,6 @@ they were asked for. On a GPU that is left out by --gpus nothing is tried.
 import argparse
 import importlib.util
 import os
-import platform
 import shutil
 import sys
 import urllib.request
@@ -29,6 +28,7 @@ from core.wire import Device
 from worker.engine.demo_model import ensure_demo_model
 from worker.engine.libraries import versions
 from worker.engine.models import HashCache, find_models
+from worker.engine.processor import cpu_slot
 from worker.processes import MARK
 
 HUB_PATIENCE_S = 3.0
@@ -89,17 +89,8 @@ def take_inventory(
 
 # -- devices -------------------------------------------------------------------------------------------------------
 def cpu_devices(slots: int) -> tuple[Device, ...]:
-    """The processor as slots for one job each; memory is what each has if all are busy."""
-    memory = psutil.virtual_memory().total // max(1, slots)
-    name = _processor_name()
-    return tuple(Device(id=f"cpu{slot}", kind="cpu", name=name, memory_bytes=memory) for slot in range(slots))
-
-
-def _processor_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    """The processor as slots for one job each."""
+    return tuple(cpu_slot(f"cpu{slot}", slots) for slot in range(slots))
 
 
 def gpu_devices(wanted: str) -> tuple[tuple[Device, ...], dict[str, str]]:

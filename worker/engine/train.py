@@ -100,7 +100,8 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     run.spec = asked
     refuse_unbuilt(asked)
     refuse_other_ranks(ranks, inputs, asked)
-    device, own_facts = find_device(inputs.devices[ranks.local_rank % len(inputs.devices)], ranks.local_rank)
+    name = inputs.devices[ranks.local_rank % len(inputs.devices)]
+    device, own_facts = find_device(name, ranks.local_rank, inputs.cpu_slots)
     device_facts = standing_for_all(ranks.gather(own_facts))
     resumed = None
     if ranks.is_first:

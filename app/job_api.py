@@ -171,7 +171,7 @@ class Body(BaseModel):
 
 class CreateJob(Body):
     spec: dict[str, Any]
-    # {"kind": "dry_run" | "lr_probe", ...}: only some steps are made of it, for what they tell (core.trial).
+    # {"kind": "dry_run" | "lr_probe" | "certify", ...}: some steps are made of it, for what they tell (core.trial).
     trial: dict[str, Any] | None = None
 
 

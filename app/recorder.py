@@ -45,6 +45,7 @@ from core.events import (
     Eval,
     Event,
     Failure,
+    Layout,
     Phase,
     Plan,
     Probe,
@@ -75,7 +76,7 @@ SUMS = {
     "steps_s": "step_s",
 }
 TRAINING_PHASE = "train"
-PROGRESS = (Phase, Plan, Step, Eval, Probe, Checkpoint, End)
+PROGRESS = (Phase, Plan, Step, Eval, Probe, Layout, Checkpoint, End)
 
 _EVENTS: TypeAdapter[tuple[WireEvent, ...]] = TypeAdapter(
     Annotated[tuple[WireEvent, ...], Field(max_length=MAX_EVENTS_A_BATCH)]
@@ -202,7 +203,7 @@ def _apply(
         case Checkpoint():
             job.pinned_host = attempt.host
             job.summary = (job.summary or {}) | {"checkpoint_step": event.step}
-    begins = isinstance(event, Step | Probe) or (isinstance(event, Phase) and event.name == TRAINING_PHASE)
+    begins = isinstance(event, Step | Probe | Layout) or (isinstance(event, Phase) and event.name == TRAINING_PHASE)
     if begins and job.state == JobState.STARTING:
         began_at = attempt.claimed_at or attempt.created_at
         job.summary = (job.summary or {}) | {"startup_s": now - began_at}

@@ -8,8 +8,12 @@ from sqlmodel import Session, col, select
 
 from app.metrics import read_curve
 from app.tables import Event, Job
+from core.certify import Certificate, Finding, Reference, read_certificate
+from core.events import FailureReason, Layout, finite
+from core.states import JobState
 from core.trial import (
     AnyTrial,
+    Certify,
     DryRun,
     DryRunReport,
     DryStep,
@@ -52,7 +56,46 @@ class ToldByProbe(BaseModel):
     suggestion: SuggestionView | None  # once all are through
 
 
-Told = ToldByDryRun | ToldByProbe
+class VerdictView(BaseModel):
+    code: str
+    text: str
+    is_equal: bool
+
+
+class LayoutView(BaseModel):
+    """A layout's first steps; deviations are relative, the largest of all steps, null where a number was none."""
+
+    name: str
+    losses: tuple[float | None, ...]  # of steps 1, 2, ...
+    grad_norms: tuple[float | None, ...]
+    ranks: int
+    attention: str
+    slots: int
+    most_segments_in_a_row: int
+    seconds: float
+    loss_deviation: float | None = None
+    norm_deviation: float | None = None
+    allowed: float | None = None
+    is_equal: bool | None = None
+
+
+class NotRunView(BaseModel):
+    name: str
+    reason: str
+    cause: FailureReason
+
+
+class ToldByCertificate(BaseModel):
+    kind: Literal["certify"] = "certify"
+    steps: int
+    dtype: str | None  # of the job's arithmetic; known with the first layout
+    verdict: VerdictView | None  # once all layouts are through
+    references: tuple[LayoutView, ...]  # what the others are held against
+    layouts: tuple[LayoutView, ...]
+    not_run: tuple[NotRunView, ...]
+
+
+Told = ToldByDryRun | ToldByProbe | ToldByCertificate
 
 
 def trial_of(job: Job) -> AnyTrial | None:
@@ -85,15 +128,20 @@ def read_dry_run(session: Session, job: Job) -> DryRunReport | None:
 def read_probe(session: Session, job: Job, probe: RateProbe) -> tuple[list[RateCurve], Suggestion | None]:
     """A curve for each rate, in the order of the probe, as the newest attempt has made them; what they suggest, once
     all are through."""
-    events = session.exec(
-        select(Event)
-        .where(Event.job == job.id, Event.attempt == job.attempt, Event.kind == "probe")
-        .order_by(col(Event.id))
-    ).all()
+    events = _events(session, job, "probe")
     curves = [_curve(rate, events) for rate in probe.rates]
     steps = steps_of(job, probe)
     is_through = job.plan is not None and all(curve.is_through(steps) for curve in curves)
     return curves, suggest(curves) if is_through else None
+
+
+def _events(session: Session, job: Job, kind: str) -> Sequence[Event]:
+    """Of the newest attempt, for each begins anew."""
+    return session.exec(
+        select(Event)
+        .where(Event.job == job.id, Event.attempt == job.attempt, Event.kind == kind)
+        .order_by(col(Event.id))
+    ).all()
 
 
 def _curve(rate: float, events: Sequence[Event]) -> RateCurve:
@@ -106,10 +154,26 @@ def _curve(rate: float, events: Sequence[Event]) -> RateCurve:
     )
 
 
+def read_layouts(session: Session, job: Job) -> Certificate | None:
+    """As far as the newest attempt has come; None before its first layout."""
+    return read_certificate(
+        [Layout(seq=event.seq, ts=event.ts, **event.data) for event in _events(session, job, "layout")]
+    )
+
+
+def is_through(job: Job) -> bool:
+    """Whether a certificate has all its layouts. It fails where one ended by a fault, and has them all the same."""
+    summary = job.summary or {}
+    is_last = summary.get("phase") == "certify" and summary.get("phase_done") == summary.get("phase_total")
+    return is_last and job.state in (JobState.SUCCEEDED, JobState.FAILED)
+
+
 def told_by(session: Session, job: Job, trial: AnyTrial) -> Told:
     """As programs get it."""
     if isinstance(trial, DryRun):
         return ToldByDryRun(report=read_dry_run(session, job))
+    if isinstance(trial, Certify):
+        return _told_by_certificate(trial, read_layouts(session, job), is_through=is_through(job))
     curves, suggestion = read_probe(session, job, trial)
     return ToldByProbe(
         steps=steps_of(job, trial),
@@ -122,4 +186,39 @@ def told_by(session: Session, job: Job, trial: AnyTrial) -> Told:
             code=suggestion.code,
             text=suggestion.why.text(),
         ),
+    )
+
+
+def _told_by_certificate(trial: Certify, certificate: Certificate | None, *, is_through: bool) -> ToldByCertificate:
+    if certificate is None:
+        return ToldByCertificate(steps=trial.steps, dtype=None, verdict=None, references=(), layouts=(), not_run=())
+    verdict = certificate.verdict if is_through and certificate.findings else None
+    return ToldByCertificate(
+        steps=certificate.steps,
+        dtype=certificate.dtype,
+        verdict=verdict
+        and VerdictView(code=verdict.code, text=verdict.text(), is_equal=certificate.holds and certificate.is_telling),
+        references=tuple(map(_layout_view, certificate.references)),
+        layouts=tuple(map(_layout_view, certificate.findings)),
+        not_run=tuple(NotRunView(name=run.name, reason=run.reason, cause=run.cause) for run in certificate.not_run),
+    )
+
+
+def _layout_view(tried: Reference | Finding) -> LayoutView:
+    curve = tried.curve
+    view = LayoutView(
+        name=tried.name,
+        losses=tuple(map(finite, curve.losses)),
+        grad_norms=tuple(map(finite, curve.grad_norms)),
+        **curve.model_dump(exclude={"losses", "grad_norms"}),
+    )
+    if isinstance(tried, Reference):
+        return view
+    return view.model_copy(
+        update={
+            "loss_deviation": finite(tried.loss_deviation),
+            "norm_deviation": finite(tried.norm_deviation),
+            "allowed": tried.allowed,
+            "is_equal": tried.holds,
+        }
     )

@@ -247,8 +247,8 @@ TEXTS: dict[str, str] = {
         "gradient norms by up to {norm}, where {allowed} is allowed. It is a bug: please report it with the spec"
     ),
     "certify.equal": N_(
-        "Equal: {count} layouts make the same steps; losses differ by at most {loss}, gradient norms by at most {norm}, "
-        "where {allowed} is allowed"
+        "Equal: {count} layouts make the same steps; losses differ by at most {loss}, gradient norms by at most "
+        "{norm}, where {allowed} is allowed"
     ),
     "certify.failed": N_("{layout} does not run, so nothing can be held against it: {reason}"),
     "certify.fault": N_(

@@ -28,8 +28,8 @@ class BaseEvent(BaseModel):
 
 
 class Phase(BaseEvent):
-    """Where the job is: fetch, load_model, tokenise, plan, probe, longest_batch, train, probe_rates, evaluate,
-    save_checkpoint, save_result, ..."""
+    """Where the job is: fetch, load_model, tokenise, plan, probe, longest_batch, train, probe_rates, certify,
+    evaluate, save_checkpoint, save_result, ..."""
 
     kind: Literal["phase"] = "phase"
     name: str
@@ -155,6 +155,29 @@ class Probe(BaseEvent):
     diverged: bool = False  # and so the last of its rate
 
 
+class Layout(BaseEvent):
+    """A layout of a certificate (core.certify): its first steps and how far they are from the reference's, relative;
+    or, with a `cause`, the reason why it has made none."""
+
+    kind: Literal["layout"] = "layout"
+    name: str
+    dtype: str  # the job's own arithmetic
+    is_reference: bool = False
+    losses: tuple[float | None, ...] = ()  # of steps 1, 2, ...
+    grad_norms: tuple[float | None, ...] = ()
+    slots: int = 0
+    most_segments_in_a_row: int = 0
+    ranks: int = 0
+    attention: str = ""
+    seconds: float = 0.0  # of its steps, without loading
+    loss_deviation: float | None = None
+    norm_deviation: float | None = None
+    allowed: float | None = None
+    is_equal: bool | None = None
+    reason: str = ""
+    cause: FailureReason | None = None
+
+
 class Checkpoint(BaseEvent):
     kind: Literal["checkpoint"] = "checkpoint"
     step: int
@@ -217,10 +240,10 @@ class RawEvent(BaseModel):
     kind: str = Field(max_length=64)
 
 
-Event = Phase | Plan | Step | Eval | Probe | Checkpoint | Sample | Log | Gpu | Warning | Failure | End
+Event = Phase | Plan | Step | Eval | Probe | Layout | Checkpoint | Sample | Log | Gpu | Warning | Failure | End
 KNOWN_KINDS: dict[str, type[BaseEvent]] = {
     event.model_fields["kind"].default: event
-    for event in (Phase, Plan, Step, Eval, Probe, Checkpoint, Sample, Log, Gpu, Warning, Failure, End)
+    for event in (Phase, Plan, Step, Eval, Probe, Layout, Checkpoint, Sample, Log, Gpu, Warning, Failure, End)
 }
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Discriminator("kind")])
 
@@ -275,6 +298,7 @@ __all__ = [
     "Failure",
     "FailureReason",
     "Gpu",
+    "Layout",
     "Level",
     "Log",
     "Phase",

@@ -12,6 +12,8 @@ a probe's steps are few and the job's own warm-up would be all of them; without 
 moment is noise, would throw out rates that the job itself would live with. Then it stays, since the peak is what is
 asked for.
 
+A *certificate* makes the first steps of the job in every layout that could compute them (core.certify).
+
 What says *whether* a rate goes is `has_diverged`, what says *which* one is `suggest`. Both are pure, and asked by the
 trainer and the pages alike.
 """
@@ -56,9 +58,22 @@ class RateProbe(Part):
     steps: Annotated[int, Number, Field(ge=4, le=200)] = 20
 
 
-AnyTrial = DryRun | RateProbe
+class Certify(Part):
+    """The same first steps in every layout."""
+
+    kind: Literal["certify"] = "certify"
+    # Further on, Adam turns the rounding of a gradient near 0 into a step of full size.
+    steps: Annotated[Count, Field(le=5)] = 3
+
+
+AnyTrial = DryRun | RateProbe | Certify
 Trial = Annotated[AnyTrial, Discriminator("kind")]
-KINDS: dict[str, type[DryRun] | type[RateProbe]] = {"dry_run": DryRun, "lr_probe": RateProbe}
+KINDS: dict[str, type[DryRun] | type[RateProbe] | type[Certify]] = {
+    "dry_run": DryRun,
+    "lr_probe": RateProbe,
+    "certify": Certify,
+}
+NAMES = {"dry_run": "dry run", "lr_probe": "rate probe", "certify": "certificate"}
 
 
 def parse_trial(data: object, field: str = "trial") -> AnyTrial:
@@ -88,8 +103,7 @@ def parse_trial(data: object, field: str = "trial") -> AnyTrial:
 
 
 def trial_name(trial: AnyTrial, job_name: str) -> str:
-    name = "dry run" if isinstance(trial, DryRun) else "rate probe"
-    return f"{name} of {job_name}"[:MOST_NAME_CHARACTERS]
+    return f"{NAMES[trial.kind]} of {job_name}"[:MOST_NAME_CHARACTERS]
 
 
 def rates_around(learning_rate: float) -> tuple[float, ...]:

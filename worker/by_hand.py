@@ -34,7 +34,7 @@ from worker.diagnosis import Evidence, diagnose, num_oom_kills
 from worker.gpus import sample_gpus
 from worker.inputs import device_environment
 from worker.job_directory import InputFile, Inputs, read_outcome, write_json
-from worker.processes import own_environment, sweep
+from worker.processes import own_environment, secrets_in, sweep
 from worker.settings import TRAINER_ARGV
 from worker.trainer import Line, Trainer
 
@@ -243,6 +243,7 @@ class _Wishes:
 
     num_stops: int = 0
     num_checkpoints: int = 0
+    num_questions: int = 0  # where its ranks stand
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -252,7 +253,15 @@ class _Wishes:
         def checkpoint(*_: object) -> None:
             self.num_checkpoints += 1
 
-        handlers = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGUSR1: checkpoint}
+        def question(*_: object) -> None:
+            self.num_questions += 1
+
+        handlers = {
+            signal.SIGINT: stop,
+            signal.SIGTERM: stop,
+            signal.SIGUSR1: checkpoint,
+            signal.SIGUSR2: question,
+        }
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
@@ -261,19 +270,23 @@ class _Wishes:
                 signal.signal(number, handler)
 
 
-def train_ranks(directory: Path, argv: Sequence[str] = TRAINER_ARGV, *, is_quiet: bool = False) -> int:
+def train_ranks(
+    directory: Path, argv: Sequence[str] = TRAINER_ARGV, *, mark: str | None = None, is_quiet: bool = False
+) -> int:
     """Runs the ranks of a prepared directory to their end and returns the exit code: outcome.json's, or 128 and the
-    signal that ended a rank. What they print, and why they failed, goes to stderr, or nowhere where it `is_quiet`."""
+    signal that ended a rank. What they print, and why they failed, goes to stderr, or nowhere where it `is_quiet`.
+
+    All but this process that carries the `mark` is killed at the end; None is one of their own."""
     inputs = Inputs.model_validate_json((directory / "inputs.json").read_bytes())
-    mark = f"train.{uuid.uuid4().hex}"
+    mark = mark or f"train.{uuid.uuid4().hex}"
     environment = own_environment(
         os.environ, mark, OMP_NUM_THREADS=str(inputs.threads), **_gpu_environment(inputs.devices)
     )
     num_oom_kills_before = num_oom_kills()
-    wishes, num_checkpoints = _Wishes(), 0
+    wishes, num_checkpoints, num_questions = _Wishes(), 0, 0
     show = _pass_over if is_quiet else _show
     with wishes.heard():
-        trainer = Trainer(argv, directory.resolve(), environment, num_ranks=inputs.ranks)
+        trainer = Trainer(argv, directory.resolve(), environment, secrets_in(environment), inputs.ranks)
         while (returncode := trainer.poll()) is None:
             trainer.wait_for_output(_LOOK_EVERY_S)
             show(trainer.read_lines())
@@ -284,6 +297,9 @@ def train_ranks(directory: Path, argv: Sequence[str] = TRAINER_ARGV, *, is_quiet
             elif wishes.num_checkpoints > num_checkpoints:
                 num_checkpoints = wishes.num_checkpoints
                 trainer.send(signal.SIGUSR1)
+            elif wishes.num_questions > num_questions:
+                num_questions = wishes.num_questions
+                trainer.send(signal.SIGUSR2)
         left = sweep(mark, timeout_s=_SWEEP_S)
         show(trainer.read_rest())
     outcome = read_outcome(directory)
@@ -294,7 +310,7 @@ def train_ranks(directory: Path, argv: Sequence[str] = TRAINER_ARGV, *, is_quiet
             outcome=outcome,
             # Nobody is told more here than the trainer's own word.
             has_end_event=True,
-            has_result=(directory / "result").is_dir(),
+            has_result=(directory / "result").is_dir() or inputs.trial is not None,
             wish="stop" if wishes.num_stops else "run",
             deed="none",
             log_tail=trainer.last_words(death),

@@ -1,4 +1,5 @@
-"""`pegbox certify -f spec.yaml`: the first steps of one's own job in every layout, and how far their losses differ.
+"""The first steps of a job in every layout, and how far their losses differ: `pegbox certify -f spec.yaml` by hand, and
+under a supervisor as a trial (worker.certifier).
 
 Each layout is a real trainer in a directory of its own, under torchrun where it has several ranks, that makes so many
 steps and stops (`LayoutTrial`). What is claimed and what counts as equal is core.certify's. A layout that this model
@@ -6,75 +7,102 @@ or this machine can't run is listed with the reason; it refutes nothing.
 """
 
 import json
+import math
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from core.certify import ALONE, Curve, Finding, Layout, certified, compare, layouts, references
-from core.errors import USER_FAULTS, UserError
+from core.certify import (
+    ALONE,
+    Certificate,
+    Curve,
+    Layout,
+    NotRun,
+    Reference,
+    Tried,
+    certified,
+    compare,
+    deviation_text,
+    layouts,
+    left_out,
+    references,
+)
+from core.errors import USER_FAULTS, Reason, UserError
+from core.events import FailureReason, finite
 from core.spec import JobSpec
 from worker.by_hand import gather, own_devices, train_ranks, visible_gpus
-from worker.job_directory import EXIT_CODES, LayoutTrial, read_outcome, write_json
+from worker.job_directory import EXIT_CODES, Inputs, LayoutTrial, read_outcome, write_json
 from worker.settings import WorkerSettings
 
-# A model or a machine that can't compute a layout refutes nothing.
-RULED_OUT = ("bad_spec", "oom")
+# Before a trainer has its handlers, what asks it to stop ends it.
+STOPPED = (EXIT_CODES["stopped"], 128 + signal.SIGTERM, 128 + signal.SIGINT)
+
+
+class NothingToCompare(UserError):
+    """certify.failed: the job does not run even with each sample alone, or not as it is."""
+
+    def __init__(self, run: NotRun) -> None:
+        super().__init__("certify.failed", layout=run.name, reason=run.reason)
+        self.cause = run.cause
 
 
 @dataclass(frozen=True)
-class NotRun:
-    name: str
-    reason: str
-    is_fault: bool  # of ours: neither the model nor the machine rules it out
+class Ground:
+    """Where layouts are run, and by what."""
 
-
-@dataclass(frozen=True)
-class Certificate:
-    dtype: str
+    out: Path  # each in a folder below
     steps: int
-    reference: Curve
-    findings: tuple[Finding, ...]
-    not_run: tuple[NotRun, ...]
-
-    @property
-    def holds(self) -> bool:
-        return all(finding.holds for finding in self.findings) and not any(run.is_fault for run in self.not_run)
-
-    @property
-    def is_telling(self) -> bool:
-        """Whether any layout put several samples into a row: without, nothing was asked."""
-        return any(finding.curve.most_segments_in_a_row > 1 for finding in self.findings)
+    inputs_of: Callable[[JobSpec], Inputs]  # where all that a spec names lies; raises UserError for what doesn't
+    train: Callable[[Path], int]  # runs the ranks of a prepared directory to their end and returns the exit code
 
 
 def certify(spec: JobSpec, out: Path, settings: WorkerSettings, *, steps: int, most_ranks: int) -> Certificate:
-    """Runs all layouts, one after the other, in folders of `out`.
+    """By hand: runs all layouts, one after the other, in folders of `out`. Raises NothingToCompare."""
+    ground = Ground(
+        out,
+        steps,
+        lambda spec: gather(spec, settings.model_roots, settings.cache_dir),
+        partial(train_ranks, is_quiet=True),
+    )
+    dtype = own_dtype(spec, lambda: own_devices(1)[0])
+    tried = try_layouts(spec, dtype, tuple(layouts(spec, most_ranks)), ground, before=_announce)
+    return Certificate.of(dtype, [*tried, *left_out(spec, most_ranks)])
 
-    Raises UserError certify.failed where the job does not run even with each sample alone, or not as it is."""
-    dtype = _own_dtype(spec)
+
+def try_layouts(
+    spec: JobSpec, dtype: str, ways: Iterable[Layout], ground: Ground, before: Callable[[str], None]
+) -> Iterator[Tried]:
+    """The references, then the `ways`; `before` hears the name of each. Raises NothingToCompare."""
     spec = certified(spec, dtype)
     curves: list[Curve] = []
     for number, layout in enumerate(references(dtype)):
-        curve = _run(layout, spec, out / f"reference-{number}", settings, steps)
+        before(layout.name)
+        curve = _run(layout, spec, f"reference-{number}", ground)
+        if isinstance(curve, Curve) and not all(map(math.isfinite, (*curve.losses, *curve.grad_norms))):
+            curve = NotRun(layout.name, Reason("certify.no_number", {}).text(), "nan")
         if isinstance(curve, NotRun):
-            raise UserError("certify.failed", layout=layout.name, reason=curve.reason)
+            raise NothingToCompare(curve)
         curves.append(curve)
+        yield Reference(layout.name, curve)
     fp32, *rounded = curves
-    findings, not_run = [], []
-    for number, layout in enumerate(layouts(spec, most_ranks)):
-        _say(f"{layout.name} ...")
-        curve = _run(layout, spec, out / f"layout-{number}", settings, steps)
-        if isinstance(curve, NotRun):
-            if not layout.changes:
-                raise UserError("certify.failed", layout=layout.name, reason=curve.reason)
-            not_run.append(curve)
+    for number, layout in enumerate(ways):
+        before(layout.name)
+        curve = _run(layout, spec, f"layout-{number}", ground)
+        if isinstance(curve, Curve):
+            yield compare(layout.name, curve, fp32, rounded[0] if rounded else None)
+        elif layout.changes:
+            yield curve
         else:
-            findings.append(compare(layout.name, curve, fp32, rounded[0] if rounded else None))
-    return Certificate(dtype, steps, fp32, tuple(findings), tuple(not_run))
+            raise NothingToCompare(curve)
 
 
 def most_ranks_here() -> int:
@@ -83,41 +111,58 @@ def most_ranks_here() -> int:
     return num_gpus or 2
 
 
-def _own_dtype(spec: JobSpec) -> str:
+def own_dtype(spec: JobSpec, device: Callable[[], str]) -> str:
+    """The job's own arithmetic, on the device that is asked for where it depends on one."""
     if spec.compute.dtype != "auto":
         return spec.compute.dtype
-    device = own_devices(1)[0]
-    if not device.startswith("gpu"):
+    name = device()
+    if not name.startswith("gpu"):
         return "fp32"
+    # In a process of its own: to ask a GPU takes half a gigabyte of it, for as long as the one who asked lives.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_auto_dtype, name).result()
+
+
+def _auto_dtype(device: str) -> str:
     from core.presets import auto_dtype
     from worker.engine.device import find_device
 
-    return auto_dtype(find_device(device)[1])[0]
+    try:
+        return auto_dtype(find_device(device)[1])[0]
+    except UserError:  # it can't be used, and the first layout says why
+        return "fp32"
 
 
-def _run(layout: Layout, spec: JobSpec, directory: Path, settings: WorkerSettings, steps: int) -> Curve | NotRun:
+def _run(layout: Layout, spec: JobSpec, folder: str, ground: Ground) -> Curve | NotRun:
+    """Raises KeyboardInterrupt where somebody has stopped it."""
+    directory = ground.out / folder
     try:
         spec = layout.apply(spec)
-        inputs = gather(spec, settings.model_roots, settings.cache_dir)
+        inputs = ground.inputs_of(spec)
     except USER_FAULTS as fault:
-        return NotRun(layout.name, str(fault), is_fault=False)
+        return NotRun(layout.name, str(fault), "bad_spec")
     directory.mkdir(parents=True)
     write_json(directory / "spec.json", spec)
-    trial = LayoutTrial(steps=steps, is_alone=layout.is_alone)
+    trial = LayoutTrial(steps=ground.steps, is_alone=layout.is_alone)
     write_json(directory / "inputs.json", inputs.model_copy(update={"trial": trial}))
-    code = train_ranks(directory, is_quiet=True)
-    if code == EXIT_CODES["stopped"]:
+    code = ground.train(directory)
+    if code in STOPPED:
         raise KeyboardInterrupt
     if code == 0:
         return Curve.model_validate_json((directory / "trial.json").read_bytes())
     outcome = read_outcome(directory)
     if outcome is None:
-        return NotRun(layout.name, f"it ended with {code}; {directory} has its log", is_fault=True)
-    return NotRun(layout.name, outcome.text, is_fault=outcome.reason not in RULED_OUT)
+        text = Reason("certify.unexplained", {"code": code, "directory": str(directory)}).text()
+        return NotRun(layout.name, text, _cause_of(code))
+    return NotRun(layout.name, outcome.text, outcome.reason or "internal")
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+def _cause_of(code: int) -> FailureReason:
+    return "killed" if code > 128 else "internal"
+
+
+def _announce(name: str) -> None:
+    sys.stderr.write(f"{name} ...\n")
 
 
 # -- shown -----------------------------------------------------------------------------------------------------------
@@ -129,19 +174,22 @@ def as_json(certificate: Certificate) -> dict[str, Any]:
         "is_telling": certificate.is_telling,
         "dtype": certificate.dtype,
         "steps": certificate.steps,
-        "reference": certificate.reference.model_dump(mode="json"),
+        "reference": certificate.references[0].curve.model_dump(mode="json"),
         "layouts": [
             {
                 "name": finding.name,
                 "holds": finding.holds,
-                "loss_deviation": finding.loss_deviation,
-                "norm_deviation": finding.norm_deviation,
+                "loss_deviation": finite(finding.loss_deviation),
+                "norm_deviation": finite(finding.norm_deviation),
                 "allowed": finding.allowed,
                 **finding.curve.model_dump(mode="json"),
             }
             for finding in certificate.findings
         ],
-        "not_run": [{"name": run.name, "reason": run.reason, "is_fault": run.is_fault} for run in certificate.not_run],
+        "not_run": [
+            {"name": run.name, "reason": run.reason, "cause": run.cause, "is_fault": run.is_fault}
+            for run in certificate.not_run
+        ],
     }
 
 
@@ -162,7 +210,7 @@ def write_certificate(certificate: Certificate, as_: str) -> None:
     console.print(table)
     for run in certificate.not_run:
         console.print(f"{'FAILED' if run.is_fault else 'not run'}: {run.name}: {run.reason}", soft_wrap=True)
-    console.print(_verdict(certificate), soft_wrap=True)
+    console.print(certificate.verdict.text(), soft_wrap=True)
 
 
 def _rows(certificate: Certificate) -> Iterator[tuple[str, ...]]:
@@ -173,20 +221,8 @@ def _rows(certificate: Certificate) -> Iterator[tuple[str, ...]]:
             str(curve.ranks),
             f"{curve.slots:,}",
             str(curve.most_segments_in_a_row),
-            f"{finding.loss_deviation:.1e}",
-            f"{finding.norm_deviation:.1e}",
-            f"{finding.allowed:.1e}",
+            deviation_text(finding.loss_deviation),
+            deviation_text(finding.norm_deviation),
+            deviation_text(finding.allowed),
             "equal" if finding.holds else "DIFFERS",
         )
-
-
-def _verdict(certificate: Certificate) -> str:
-    if not certificate.is_telling:
-        return "No layout put two samples into one row, so packing was not tried: raise packing.row_length."
-    worst = max(certificate.findings, key=lambda finding: max(finding.loss_deviation, finding.norm_deviation))
-    largest = f"the largest deviation is {max(worst.loss_deviation, worst.norm_deviation):.1e}, of: {worst.name}"
-    if certificate.holds:
-        return f"All {len(certificate.findings)} layouts make the same steps; {largest}."
-    failed = [finding.name for finding in certificate.findings if not finding.holds]
-    failed += [run.name for run in certificate.not_run if run.is_fault]
-    return f"NOT the same steps: {'; '.join(failed)}; {largest}."

@@ -4,6 +4,7 @@
     inputs.json      supervisor   `Inputs`: where model, data and resume points lie on this host, devices, threads
     events.jsonl     trainer      its own events, one line each, appended by single writes
     profiles.json    trainer      what it measured of the data, for the web service to keep
+    layouts/         certifier    of a certificate: a directory like this one for each layout
     checkpoints/     trainer      step-<n>/ with a manifest; half-written ones are .tmp-*
     result/          trainer      the adapter or model; complete once outcome.json says 0; a trial has none
     outcome.json     trainer      `OutcomeFile`, its last act; none = it was killed
@@ -34,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from core.events import FailureReason
 from core.states import Outcome
-from core.trial import DryRun, RateProbe
+from core.trial import Certify, DryRun, RateProbe
 
 EXIT_CODES: dict[FailureReason, int] = {
     "bad_spec": 65,
@@ -59,7 +60,7 @@ class InputFile(File):
 
 
 class LayoutTrial(File):
-    """The first `steps` steps for their losses alone (`pegbox certify`): nothing is told, saved or handed out."""
+    """The first `steps` steps in one layout, for their losses alone: nothing is told, saved or handed out."""
 
     kind: Literal["layout"] = "layout"
     steps: int
@@ -79,7 +80,7 @@ class Inputs(File):
     # Tokenised data by content, shared by the jobs of a host; "" = cache/ in the job directory.
     cache_dir: str = ""
     # Of a trial nothing is evaluated, saved or handed out.
-    trial: Annotated[DryRun | RateProbe | LayoutTrial, Discriminator("kind")] | None = None
+    trial: Annotated[DryRun | RateProbe | Certify | LayoutTrial, Discriminator("kind")] | None = None
     # The folder of the adapter to start from, or "" to begin with a new one.
     adapter_path: str = ""
     # CPU threads a rank; bit-for-bit resume depends on it. A checkpoint's own number wins on resume.

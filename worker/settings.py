@@ -22,6 +22,7 @@ from core import wire
 from worker.job_directory import write_atomically
 
 TRAINER_ARGV = (sys.executable, "-m", "worker.engine.train")
+CERTIFIER_ARGV = (sys.executable, "-m", "worker.certifier")  # the trainer's follows
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 

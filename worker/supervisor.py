@@ -46,6 +46,7 @@ from core.errors import USER_FAULTS, UserError
 from core.events import FailureReason
 from core.spec import parse_spec
 from core.states import Outcome
+from core.trial import Certify
 from worker.adoption import SUPERVISOR, SupervisorFile
 from worker.delivery import EXIT, REPORT, RESULT, deliver
 from worker.diagnosis import Deed, Diagnosis, Evidence, Wish, diagnose, num_oom_kills, stopped_before_start
@@ -66,7 +67,7 @@ from worker.processes import (
 )
 from worker.relay import Relay
 from worker.server import Interrupted, Server, Stale, insist
-from worker.settings import WorkerSettings
+from worker.settings import CERTIFIER_ARGV, WorkerSettings
 from worker.stacks import describe as describe_stacks
 from worker.trainer import EVENTS, EventTail, Line, Trainer, merge_events
 
@@ -156,8 +157,9 @@ class Supervisor:
             os.environ, self.mark, OMP_NUM_THREADS=str(inputs.threads), **device_environment(inputs.devices)
         )
         secrets = secrets_in(os.environ)
+        argv, num_ranks = self._program(inputs)
         try:
-            trainer = Trainer(self.settings.trainer_argv, self.directory, environment, secrets, inputs.ranks)
+            trainer = Trainer(argv, self.directory, environment, secrets, num_ranks)
         except OSError as error:
             fault = UserError("worker.start_failed", problem=str(error))
             return Diagnosis(Outcome.FAILED, "internal", str(fault), exit_code=EXIT_CODES["internal"])
@@ -202,9 +204,15 @@ class Supervisor:
                 num_oom_kills=num_oom_kills() - oom_kills_before,
                 grace_s=self.settings.stop_grace_s,
                 silence_s=time.monotonic() - self.heard_at,
-                stacks=describe_stacks(self.stacks, inputs.ranks),
+                stacks=describe_stacks(self.stacks, num_ranks),
             )
         )
+
+    def _program(self, inputs: Inputs) -> tuple[tuple[str, ...], int]:
+        """What is started, and on how many ranks. A certificate is one process, which starts each layout's own."""
+        if isinstance(inputs.trial, Certify):
+            return (*CERTIFIER_ARGV, *self.settings.trainer_argv), 1
+        return self.settings.trainer_argv, inputs.ranks
 
     def _write_end(self, diagnosis: Diagnosis) -> None:
         if diagnosis.outcome in (Outcome.FAILED, Outcome.LOST) and diagnosis.reason != self.told_reason:

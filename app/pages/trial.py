@@ -1,4 +1,5 @@
-"""What a trial's page shows: of a dry run a card with what it says of the whole job, of a probe its curves.
+"""What a trial's page shows: of a dry run a card with what it says of the whole job, of a probe its curves, of a
+certificate each layout beside the reference.
 
 The curves are SVG, drawn here anew whenever a step comes in, so that they need no script."""
 
@@ -13,11 +14,12 @@ from app.forms import state_of_spec, written_spec
 from app.pages import format
 from app.pages.new_job import form_pairs, new_key
 from app.tables import Job
-from app.trials import read_dry_run, read_probe, steps_of, trial_of
+from app.trials import is_through, read_dry_run, read_layouts, read_probe, steps_of, trial_of
+from core.certify import Finding, Reference, deviation_text
 from core.schedule import ceil_share
 from core.spec import parse_spec
 from core.states import JobState
-from core.trial import LAST_SHARE, DryRun, RateCurve, RateProbe, Suggestion, probe_schedule
+from core.trial import LAST_SHARE, Certify, DryRun, RateCurve, RateProbe, Suggestion, probe_schedule
 
 CHART_WIDTH, CHART_HEIGHT = 400, 230
 LABEL_HEIGHT = 12  # of a curve's own name at its end
@@ -76,6 +78,61 @@ def trial_context(session: Session, job: Job) -> dict[str, Any]:
             return {"trial": trial, "report": report, "launch": _form_of(job) if has_launch else None}
         case RateProbe():
             return {"trial": trial, "probe": _probe(session, job, trial)}
+        case Certify():
+            return {"trial": trial, "certificate": _certificate(session, job)}
+
+
+@dataclass(frozen=True)
+class LayoutRow:
+    """A layout in the table, lengths and deviations as they are shown."""
+
+    name: str
+    steps: int
+    ranks: int
+    attention: str
+    slots: int
+    most_segments_in_a_row: int
+    seconds: float
+    loss_deviation: str  # "" of a reference
+    norm_deviation: str
+    state: str  # reference | equal | differs
+
+
+def _certificate(session: Session, job: Job) -> dict[str, Any] | None:
+    """None before its first layout."""
+    certificate = read_layouts(session, job)
+    if certificate is None:
+        return None
+    tried: list[Reference | Finding] = [*certificate.references, *certificate.findings]
+    rows = [_layout_row(each) for each in tried]
+    return {
+        "verdict": certificate.verdict if is_through(job) and certificate.findings else None,
+        "holds": certificate.holds,
+        "is_telling": certificate.is_telling,
+        "is_live": job.state not in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED),
+        "num_tried": len(certificate.findings),
+        "differing": [finding.name for finding in certificate.differing],
+        "loss_deviation": deviation_text(certificate.loss_deviation),
+        "norm_deviation": deviation_text(certificate.norm_deviation),
+        "dtype": certificate.dtype,
+        "steps": certificate.steps,
+        "rows": rows,
+        "not_run": certificate.not_run,
+        "losses": [(each.name, list(zip(each.curve.losses, each.curve.grad_norms, strict=True))) for each in tried],
+    }
+
+
+def _layout_row(tried: Reference | Finding) -> LayoutRow:
+    curve = tried.curve
+    finding = tried if isinstance(tried, Finding) else None
+    return LayoutRow(
+        name=tried.name,
+        steps=len(curve.losses),
+        loss_deviation="" if finding is None else deviation_text(finding.loss_deviation),
+        norm_deviation="" if finding is None else deviation_text(finding.norm_deviation),
+        state="reference" if finding is None else "equal" if finding.holds else "differs",
+        **curve.model_dump(include={"ranks", "attention", "slots", "most_segments_in_a_row", "seconds"}),
+    )
 
 
 def _form_of(job: Job) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ import pytest
 
 from app.pages.trial import CHART_HEIGHT, LABEL_HEIGHT, draw_probe
 from app.pages.trial import _apart as labels_apart
+from core.certify import Curve, NotRun, Reference, Tried, compare, told
 from core.trial import RateCurve, RateProbe, Suggestion
 from core.wire import AttemptRef, WireEvent
 from tests.app.conftest import House
@@ -103,6 +104,7 @@ def test_a_plain_job_is_no_trial(house: House, host: FakeHost) -> None:
         ({"kind": "dry_run", "rates": [1]}, [("/trial/rates", "trial.unknown_key")]),
         ({"kind": "lr_probe", "rates": [1e-3, "fast"]}, [("/trial/rates/1", "spec.number")]),
         ({"kind": "lr_probe", "rates": [1e-3, 1e-3]}, [("/trial/rates", "trial.rate_twice")]),
+        ({"kind": "certify", "steps": 6}, [("/trial/steps", "spec.at_most")]),
     ],
 )
 def test_a_fault_in_the_trial_is_told_with_its_place(
@@ -124,11 +126,11 @@ def test_a_viewer_tries_nothing(house: House, host: FakeHost) -> None:
     assert browser.post("/jobs/new", data=filled(browser, _trial="dry_run")).status_code == 403
 
 
-def test_both_buttons_of_the_form_ask_for_a_trial_and_its_own_launch_is_none(house: House, host: FakeHost) -> None:
+def test_the_buttons_of_the_form_ask_for_a_trial_and_its_own_launch_is_none(house: House, host: FakeHost) -> None:
     browser = house.browser("bob")
     page = browser.get("/jobs/new").text
     buttons = re.findall(r'<button[^>]*name="_trial" value="(\w+)"', page)
-    assert buttons == ["dry_run", "lr_probe"]
+    assert buttons == ["dry_run", "lr_probe", "certify"]
     assert page.index('id="launch"') < page.index('name="_trial"'), "Enter in a field launches"
     form = filled(browser)
     for kind in buttons:
@@ -291,9 +293,10 @@ def test_a_probe_that_ended_early_suggests_nothing(house: House, host: FakeHost)
 
 
 def test_lists_tell_trials_from_jobs(house: House, host: FakeHost) -> None:
-    dry, probe = try_out(house, "dry_run")["id"], try_out(house, "lr_probe")["id"]
+    kinds = {"dry_run": "dry run", "lr_probe": "probe", "certify": "certify"}
+    jobs = {try_out(house, kind)["id"]: tag for kind, tag in kinds.items()}
     page = house.browser("bob").get("/jobs").text
-    for job, tag in ((dry, "dry run"), (probe, "probe")):
+    for job, tag in jobs.items():
         (row,) = re.findall(rf'<tr id="{job}">.*?</tr>', page, re.DOTALL)
         assert f'<span class="tag">{tag}</span>' in row
 
@@ -307,6 +310,106 @@ def test_a_streams_fragment_holds_the_probe(house: House, host: FakeHost) -> Non
     host.finish(launch, "stopped", final_seq=21)
     stream = house.browser("bob").get(f"/jobs/{job}/live").text
     assert '<hx-partial hx-target="#trial"' in stream and "<polyline" in stream
+
+
+# -- a certificate ---------------------------------------------------------------------------------------------------
+
+
+def curve_of(*losses: float, in_a_row: int = 3) -> Curve:
+    return Curve(
+        losses=losses,
+        grad_norms=(1.0,) * len(losses),
+        slots=640,
+        most_segments_in_a_row=in_a_row,
+        ranks=1,
+        attention="flash",
+        seconds=0.25,
+    )
+
+
+ALONE = Reference("each sample alone, fp32", curve_of(3.0, 2.5, 2.0, in_a_row=1))
+EQUAL = compare("the job as it is", curve_of(3.0, 2.5, 2.0 * (1 + 2e-7)), ALONE.curve, None)
+DIFFERENT = compare("packed, sequential", curve_of(3.0, 2.5, 2.2), ALONE.curve, None)
+REFUSED = NotRun("packed, attention flex", "flex_attention has no backward pass on a <CPU>", "bad_spec")
+
+
+def layout_events(first_seq: int, *all_tried: Tried, total: int = 3) -> list[WireEvent]:
+    """Each with the phase behind it, as they are told."""
+    made = []
+    for number, each in enumerate(all_tried):
+        made.append(wire(first_seq + 2 * number, "layout", **told(each, "fp32")))
+        made.append(wire(first_seq + 2 * number + 1, "phase", name="certify", done=number + 1, total=total))
+    return made
+
+
+def certified(house: House, host: FakeHost) -> tuple[str, AttemptRef]:
+    job = try_out(house, "certify")
+    assert job["trial"] == {"kind": "certify", "steps": 3} and job["name"].startswith("certificate of ")
+    launch = host.launched()
+    assert host.claim(launch).json()["trial"] == job["trial"]
+    return job["id"], launch
+
+
+def test_a_certificates_layouts_come_one_by_one_and_its_verdict_at_the_end(house: House, host: FakeHost) -> None:
+    job, launch = certified(house, host)
+    bob, browser = house.api("bob"), house.browser("bob")
+    assert bob.get(f"/api/v1/jobs/{job}/trial").json()["dtype"] is None
+    assert "Known once it has made the first" in browser.get(f"/jobs/{job}").text
+    events = layout_events(1, ALONE, EQUAL, REFUSED)
+    host.send(launch, events[:4])
+    assert states_of(house.services, job)[-1] == "running"
+    told = bob.get(f"/api/v1/jobs/{job}/trial").json()
+    assert (told["verdict"], told["dtype"], told["steps"], len(told["layouts"])) == (None, "fp32", 3, 1)
+    page = browser.get(f"/jobs/{job}").text
+    assert "1 layout so far; losses differ by at most 2.0e-07" in page and "Left out" not in page
+
+    host.send(launch, events[4:])
+    assert host.finish(launch, "succeeded", final_seq=6).json()["state"] == "succeeded"
+    told = bob.get(f"/api/v1/jobs/{job}/trial").json()
+    assert told["verdict"]["is_equal"] is True and told["verdict"]["code"] == "certify.equal"
+    assert told["references"][0]["losses"] == [3.0, 2.5, 2.0] and told["references"][0]["is_equal"] is None
+    assert told["layouts"][0]["loss_deviation"] == pytest.approx(2e-7) and told["layouts"][0]["is_equal"] is True
+    assert told["not_run"] == [{"name": REFUSED.name, "reason": REFUSED.reason, "cause": "bad_spec"}]
+    page = browser.get(f"/jobs/{job}").text
+    assert '<div class="notice ok"><p><strong>Equal: 1 layouts make the same steps;' in page
+    assert "on a &lt;CPU&gt;" in page and "data-chart" not in page and 'class="tiles"' not in page
+    assert page.index("Equal: 1 layouts") < page.index('<th scope="row">each sample alone') < page.index("Left out")
+    stream = browser.get(f"/jobs/{job}/live").text
+    assert '<hx-partial hx-target="#trial"' in stream and "Equal: 1 layouts" in stream
+
+
+def test_a_layout_that_differs_is_seen_at_once_and_big_at_the_end(house: House, host: FakeHost) -> None:
+    job, launch = certified(house, host)
+    browser = house.browser("bob")
+    events = layout_events(1, ALONE, EQUAL, DIFFERENT)
+    host.send(launch, events[:-1])
+    page = browser.get(f"/jobs/{job}").text
+    assert "These differ: packed, sequential." in page
+    host.send(launch, events[-1:])
+    assert host.finish(launch, "succeeded", final_seq=6).json()["state"] == "succeeded"
+    verdict = house.api("bob").get(f"/api/v1/jobs/{job}/trial").json()["verdict"]
+    assert verdict["is_equal"] is False and "NOT equal: 1 of 2 layouts" in verdict["text"]
+    page = browser.get(f"/jobs/{job}").text
+    assert '<div class="notice bad"><p><strong>NOT equal' in page and "1.0e-01" in page
+
+
+def test_a_certificate_that_ended_early_proves_nothing(house: House, host: FakeHost) -> None:
+    job, launch = certified(house, host)
+    host.send(launch, layout_events(1, ALONE, EQUAL))
+    house.api("bob").post(f"/api/v1/jobs/{job}/cancel")
+    host.finish(launch, "stopped", final_seq=4)
+    assert "so it proves nothing" in house.browser("bob").get(f"/jobs/{job}").text
+    assert house.api("bob").get(f"/api/v1/jobs/{job}/trial").json()["verdict"] is None
+
+
+def test_a_certificate_that_failed_by_a_fault_keeps_what_it_found(house: House, host: FakeHost) -> None:
+    job, launch = certified(house, host)
+    fault = NotRun("packed, 2 ranks, ZeRO 2", "killed by the kernel", "killed")
+    host.send(launch, layout_events(1, ALONE, EQUAL, fault))
+    host.finish(launch, "failed", reason="internal", text="a layout fell", final_seq=6)
+    told = house.api("bob").get(f"/api/v1/jobs/{job}/trial").json()
+    assert told["verdict"]["code"] == "certify.fault" and told["verdict"]["is_equal"] is False
+    assert "Not proven: packed, 2 ranks, ZeRO 2" in house.browser("bob").get(f"/jobs/{job}").text
 
 
 # -- drawn -----------------------------------------------------------------------------------------------------------

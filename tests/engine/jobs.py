@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from core import events
 from core.chat import CHATML
 from core.spec import parse_spec
-from core.trial import DryRun, RateProbe
+from core.trial import AnyTrial
 from tests.engine import tiny
 from worker.engine.emit import Emitter
 from worker.engine.train import main
@@ -77,7 +77,7 @@ def make_job(
     /,
     *,
     resume: tuple[Path, ...] = (),
-    trial: DryRun | RateProbe | LayoutTrial | None = None,
+    trial: AnyTrial | LayoutTrial | None = None,
     **parts: Any,
 ) -> Path:
     directory.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 
 from core import wire
-from core.trial import DryRun, RateProbe
+from core.trial import AnyTrial
 
 TOKEN = "a-worker-token"
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class LedgerAttempt:
     data: tuple[wire.DataFile, ...] = ()
     adapter: tuple[wire.AdapterFile, ...] = ()
     resume_from: tuple[str, ...] = ()
-    trial: DryRun | RateProbe | None = None
+    trial: AnyTrial | None = None
     current_fence: int = 0  # raised above the attempt's own by whoever takes the job away from it
     claims: int = 0
     desired: str = "run"

@@ -1,7 +1,8 @@
 """A trainer without a model: the same files, signals and exit codes as worker.engine.train, and many ways to misbehave.
 
 What it does stands in the spec's notes, as words: `steps=20 pause=0.01 at=5 then=exit:71`; at=0 is before the first
-step. Under torchrun it is one of several ranks: rank 0 emits, each prints into its own file, `who=1` makes rank 1 the
+step. In a layout of a certificate, `only=layout-3` makes that one misbehave and `differs=layout-3` gives it other losses.
+Under torchrun it is one of several ranks: rank 0 emits, each prints into its own file, `who=1` makes rank 1 the
 one that misbehaves, and the first to end writes outcome.json.
 """
 
@@ -62,9 +63,11 @@ def main() -> None:
         emit("checkpoint", step=step, path=str(folder), bytes=1, best=False)
 
     def misbehave() -> None:
-        if rank != int(told.get("who", "0")):
+        if rank != int(told.get("who", "0")) or told.get("only", directory.name) != directory.name:
             return
         match then.split(":"):
+            case ["refuse"]:
+                end(65, "bad_spec", "this model has no such attention")
             case ["exit", code]:
                 emit("failure", reason="oom", text="CUDA out of memory", remedy="smaller rows")
                 end(int(code), "oom", "CUDA out of memory")
@@ -126,7 +129,15 @@ def main() -> None:
             end(75, "stopped", f"stopped after step {step} with a checkpoint")
     if rank != 0:
         return
-    if inputs["trial"] is not None:
+    if inputs["trial"] is not None and inputs["trial"]["kind"] == "layout":
+        losses = [3.0 - 0.1 * step for step in range(inputs["trial"]["steps"])]
+        if told.get("differs") == directory.name:
+            losses[-1] *= 1.01
+        is_alone = inputs["trial"]["is_alone"]
+        curve = {"losses": losses, "grad_norms": [1.0] * len(losses), "slots": 100, "ranks": inputs["ranks"]}
+        more = {"most_segments_in_a_row": 1 if is_alone else 3, "attention": "flash", "seconds": 0.1}
+        (directory / "trial.json").write_text(json.dumps(curve | more))
+    elif inputs["trial"] is not None:
         if told.get("report") != "none":
             (directory / "report.json").write_text("{}")
     elif told.get("result") != "none":

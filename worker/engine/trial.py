@@ -1,4 +1,4 @@
-"""Steps that are made for what they tell (core.trial, and the layouts of `pegbox certify`): no evaluation, no
+"""Steps that are made for what they tell (core.trial, and the layouts of a certificate): no evaluation, no
 checkpoint, no result.
 
 A probe begins anew for each rate. What it begins from is written to disk once, as a checkpoint at step 0, and read
@@ -16,7 +16,7 @@ import torch
 from core import events
 from core.certify import Curve
 from core.schedule import lr_at
-from core.trial import AnyTrial, DryRun, RateProbe, has_diverged, probe_schedule
+from core.trial import AnyTrial, Certify, DryRun, RateProbe, has_diverged, probe_schedule
 from worker.engine import checkpoint
 from worker.engine.batches import Ahead, steps_from
 from worker.engine.checkpoint import Progress
@@ -39,6 +39,8 @@ def make_trial(run: Run, ready: Ready, trial: AnyTrial | LayoutTrial) -> None:
             curve = try_layout(run, ready, trial)
             if ready.ranks.is_first:
                 write_json(run.directory / "trial.json", curve)
+        case Certify():
+            raise AssertionError("worker.certifier starts a trainer for each layout of it")
 
 
 def make_first_steps(run: Run, ready: Ready, trial: DryRun) -> None:

@@ -11,7 +11,9 @@ from tests.app.scene import ROW, FakeHost, connect_host, put_data
 from tests.app.test_profiles import claim, facts, measure, orders, tell
 
 
-def preview(line: int = 1, length: int = 6, *, is_trained: bool = True, num_hidden: int = 0, **more: Any) -> TokenPreview:
+def preview(
+    line: int = 1, length: int = 6, *, is_trained: bool = True, num_hidden: int = 0, **more: Any
+) -> TokenPreview:
     """<s> context ... answer <e>"""
     pieces = ("<s>", *(f" w{number}" for number in range(length - 2)), "<e>")
     mask = tuple(is_trained and number >= length // 2 for number in range(length))

@@ -23,7 +23,7 @@ from core.past_run import Basis
 from core.placement import size
 from core.preflight import JobPlan
 from core.run_totals import run_totals
-from core.scheduling import HostOffer, Waiting, assign
+from core.scheduling import HostOffer, Waiting, assign, likeliest
 from core.spec import JobSpec
 from core.states import TERMINAL, JobState
 from core.verdict import Remark
@@ -82,8 +82,7 @@ def _place(session: Session, spec: JobSpec, now: float) -> tuple[Place, HostOffe
     offers = list(offers_of_hosts(session, now))
     decision = next(each for each in assign([*ahead, mine], offers) if each.job_id == NEW)
     if isinstance(decision, Waiting):
-        able = [offer for offer in offers if offer.offers_model(mine) and mine.num_ranks <= offer.most_ranks]
-        likely = min(able, key=lambda offer: (not offer.accepts, offer.device_kind != "gpu", offer.name), default=None)
+        likely = next(iter(likeliest(mine, offers)), None)
         name, id = (likely.name, likely.id) if likely else (None, None)
         return Place(position=decision.position, host=name, host_id=id, why=decision.reason), likely
     offer = next(offer for offer in offers if offer.id == decision.host_id)

@@ -166,7 +166,11 @@ class Certificate:
 
 
 def deviation_text(deviation: float) -> str:
-    return f"{deviation:.1e}"
+    """1.2e-7, as short as two digits allow."""
+    if deviation == 0 or math.isinf(deviation):
+        return f"{deviation:g}"
+    digits, exponent = f"{deviation:.1e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def with_changes(spec: JobSpec, changes: Mapping[str, object]) -> JobSpec:

@@ -15,6 +15,7 @@ from core.certify import (
     Reference,
     Tried,
     compare,
+    deviation_text,
     layouts,
     left_out,
     read_certificate,
@@ -83,8 +84,8 @@ def test_the_verdict_is_one_sentence(all_tried: list[Tried], code: str, holds: b
 
 def test_the_verdict_has_the_numbers_and_the_names() -> None:
     equal, differs = (Certificate.of("fp32", [ALONE, *found]).verdict.text() for found in ([EQUAL], [EQUAL, DIFFERENT]))
-    assert equal.startswith("Equal: 1 layouts") and "5.0e-06" in equal and f"{FP32_TOLERANCE:.1e}" in equal
-    assert differs.startswith("NOT equal: 1 of 2 layouts") and "packed, sequential" in differs and "1.0e-03" in differs
+    assert equal.startswith("Equal: 1 layouts") and "5e-6" in equal and deviation_text(FP32_TOLERANCE) in equal
+    assert differs.startswith("NOT equal: 1 of 2 layouts") and "packed, sequential" in differs and "1e-3" in differs
 
 
 def test_a_certificate_is_read_again_from_its_events() -> None:
@@ -101,6 +102,11 @@ def test_a_certificate_is_read_again_from_its_events() -> None:
     assert read.findings[0] == EQUAL and not read.findings[1].holds
     assert math.isnan(read.findings[1].curve.losses[1]) and math.isinf(read.findings[1].loss_deviation)
     assert read_certificate([]) is None
+
+
+def test_a_deviation_is_written_short() -> None:
+    told = [deviation_text(deviation) for deviation in (0.0, 1.234e-7, 9.96e-6, 1e-5, 0.25, 12.0, math.inf)]
+    assert told == ["0", "1.2e-7", "1e-5", "1e-5", "2.5e-1", "1.2e1", "inf"]
 
 
 def test_what_a_job_has_no_layouts_for_is_told_with_the_reason() -> None:

@@ -12,8 +12,6 @@ from core.errors import TEXTS, Reason
 from core.states import JobState
 from core.trial import as_trial
 
-MOST_ROWS = 500
-
 
 @dataclass(frozen=True)
 class JobRow:

@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sqlalchemy import false
 from sqlmodel import col, func, select
 
@@ -18,7 +18,7 @@ from app.auth import AnyCaller
 from app.forms import state_of_spec
 from app.jobs.search import NEWEST, SORTS, Condition, condition, order
 from app.pages.environment import fragment, has_vendor_files
-from app.pages.job_row import MOST_ROWS, JobRow, count_states, read_rows
+from app.pages.job_row import JobRow, count_states, read_rows
 from app.pages.new_job import form_pairs, new_key
 from app.services import AnyServices, Services
 from app.tables import Event, Job
@@ -52,6 +52,7 @@ CSV_FIELDS = (
     "memory_peak_bytes", "created_at", "started_at", "ended_at",
 )  # fmt: skip
 CSV_PAGE = 500
+ROWS_A_PAGE = 100
 
 
 class View(BaseModel):
@@ -62,6 +63,7 @@ class View(BaseModel):
     q: str = ""
     state: str = ""
     sort: str = NEWEST
+    page: Annotated[int, Field(ge=1, le=100_000)] = 1
 
     @field_validator("state")
     @classmethod
@@ -75,12 +77,18 @@ class View(BaseModel):
 
     @property
     def address(self) -> dict[str, str]:
+        """Without the page, which another filter or order begins anew."""
         given = {"q": self.q, "state": self.state, "sort": "" if self.sort == NEWEST else self.sort}
         return {name: value for name, value in given.items() if value}
 
     @property
     def query(self) -> str:
-        return f"?{urlencode(self.address)}" if self.address else ""
+        return self.at(self.page)
+
+    def at(self, page: int) -> str:
+        """The address of a page of it."""
+        given = {**self.address, **({} if page == 1 else {"page": page})}
+        return f"?{urlencode(given)}" if given else ""
 
     def conditions(self, now: float) -> list[Condition]:
         """Raises UserError filter.*"""
@@ -118,7 +126,8 @@ def jobs_page(request: Request, services: AnyServices, caller: AnyCaller, view: 
         fault = found
     with services.database.read() as session:
         newest = session.exec(select(func.max(Event.id))).one() or 0
-        statement = select(Job).where(*conditions).order_by(*order(view.sort, now)).limit(MOST_ROWS)
+        statement = select(Job).where(*conditions).order_by(*order(view.sort, now)).limit(ROWS_A_PAGE)
+        statement = statement.offset(ROWS_A_PAGE * (view.page - 1))
         context: dict[str, Any] = {
             "rows": read_rows(session, session.exec(statement).all(), now),
             "num_found": session.exec(select(func.count()).select_from(Job).where(*conditions)).one(),
@@ -127,6 +136,7 @@ def jobs_page(request: Request, services: AnyServices, caller: AnyCaller, view: 
     context |= {
         "view": view,
         "fault": fault,
+        "first": ROWS_A_PAGE * (view.page - 1) + 1,
         "place": None if fault is None else view.place_of(fault),
         "columns": COLUMNS,
         "fields": FIELDS,

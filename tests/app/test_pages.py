@@ -268,6 +268,24 @@ def test_jobs_are_sorted_by_their_column_and_back(house: House) -> None:
     assert shown("/jobs?sort=nonsense") == shown("/jobs")
 
 
+def test_a_long_list_comes_in_pages(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.pages.jobs.ROWS_A_PAGE", 2)
+    connect_host(house)
+    put_data(house)
+    jobs = [submit(house, name=f"run {number}") for number in range(5)]
+    browser = house.browser("alice")
+    seen, path = [], "/jobs?q=run&sort=name"
+    while path:
+        page = browser.get(path).text
+        seen += re.findall(r'<tr id="(job_\w+)"', page)
+        following = re.search(r'href="([^"]+)" rel="next"', page)
+        path = html.unescape(following[1]) if following else ""
+    assert seen == jobs
+    assert "5 to 5 of 5 jobs" in page and 'rel="prev"' in page
+    assert "none of them on this page" in browser.get("/jobs?page=9").text
+    assert browser.get("/jobs?page=0").status_code == 422
+
+
 def test_all_that_a_filter_finds_can_be_had_as_csv(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.pages.jobs.CSV_PAGE", 2)
     connect_host(house)

@@ -42,8 +42,9 @@ from core.wire import HOST_FRESH_S, DataFile, Device, HostReport, ProfileOrder
 RESEND_S = 30.0  # an order unclaimed for so long goes to any host that has the model
 PATIENCE_S = 600.0
 FAILED_KEPT_S = 60.0
-# Of what is measured; a higher one measures everything anew. 2: the runs of trained tokens. 3: duplicates
-FACTS_VERSION = 3
+# Of what is measured; a higher one measures everything anew. 2: the runs of trained tokens. 3: duplicates.
+# 4: tool calls that the template leaves out
+FACTS_VERSION = 4
 
 
 def topic_of_profile(profile: str) -> str:

@@ -21,11 +21,11 @@ Texts of many conversations go to the tokenizer in one batch; what is built is t
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal, NamedTuple, Protocol
 
-from core.conversation import Conversation, Parsed, PromptCompletion, RawText, to_template_messages
+from core.conversation import Conversation, Parsed, PromptCompletion, RawText, ToolCall, to_template_messages
 from core.errors import UserError
 
 TrainOn = Literal["assistant", "last", "all"]
@@ -443,6 +443,49 @@ def choose_multi_turn(conversations: Iterable[Parsed], tokenizer: ChatTokenizer)
         if not stands:
             return MultiTurnChoice("split", num_checked, rewritten=number)
     return MultiTurnChoice("whole", num_checked)
+
+
+# -- tool calls -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CallsSeen:
+    """What became of tool calls in the conversations that were looked at."""
+
+    num_conversations: int  # with calls, and not refused by the template
+    num_dropped: int  # of them, those in whose text no call is to be seen
+
+
+def look_for_calls(conversations: Iterable[Parsed], tokenizer: ChatTokenizer) -> CallsSeen:
+    """A template that has no place for calls leaves them out without a word: it writes the same whatever was called."""
+    num_conversations = num_dropped = 0
+    for conversation in conversations:
+        if not isinstance(conversation, Conversation) or not tokenizer.has_template:
+            continue
+        if not any(message.tool_calls for message in conversation.messages):
+            continue
+        try:
+            texts = [
+                tokenizer.render(*to_template_messages(each), False).text
+                for each in (conversation, _with_other_calls(conversation))
+            ]
+        except UserError as error:
+            if error.code != "chat.template_refused":
+                raise
+            continue
+        num_conversations += 1
+        num_dropped += texts[0] == texts[1]
+    return CallsSeen(num_conversations, num_dropped)
+
+
+def _with_other_calls(conversation: Conversation) -> Conversation:
+    """As many, of other functions and without arguments. A conversation with none is no test: a template may write
+    something where there are calls, and still not what was called."""
+    messages = (
+        replace(message, tool_calls=tuple(ToolCall(f"not_{call.name}", {}, call.id) for call in message.tool_calls))
+        for message in conversation.messages
+    )
+    return replace(conversation, messages=tuple(messages))
 
 
 # -- built-in templates ---------------------------------------------------------------------------------------------

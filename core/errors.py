@@ -635,6 +635,11 @@ TEXTS: dict[str, str] = {
     ),
     "verdict.rows_beyond_max_samples": N_("{count:,} of {total:,} rows are left out by data.max_samples"),
     "verdict.rows_held_out": N_("{count:,} of {total:,} rows are held out for validation"),
+    "verdict.calls_dropped": N_(
+        "the chat template leaves out the tool calls of {count:,} of the {total:,} conversations with calls among the "
+        "first rows: what was called is neither seen nor trained. Take a model whose template writes calls, or set "
+        "model.chat_template to chatml, which does"
+    ),
     "verdict.rows_refused": N_("{count:,} of {total:,} rows are refused; the data set's report names each"),
     "verdict.samples_cut_to_nothing": N_(
         "{count:,} of {total:,} samples have no trained token within max_length and are left out; "

@@ -219,7 +219,7 @@ class JobPlan:
     @cached_property
     def all_counts(self) -> dict[str, int]:
         """Beside what the selection counts: what wrapped rows cut in the first epoch; what one sample a turn would
-        compute instead of whole conversations, where every set knows it."""
+        compute instead of whole conversations, where every set knows it; tool calls that the template leaves out."""
         counts = dict(self.counts)
         if self.settings.algorithm == "wrapped":
             mine = self.packing.mine
@@ -231,6 +231,9 @@ class JobPlan:
         samples = self.selection.samples
         if samples.tokens_if_split is not None:
             counts |= {"tokens_if_whole": int(samples.lengths.sum()), "tokens_if_split": samples.tokens_if_split}
+        num_dropped, num_with_calls = samples.calls_dropped
+        if num_dropped:
+            counts |= {"calls_dropped": num_dropped, "calls_looked_at": num_with_calls}
         return counts
 
     @cached_property

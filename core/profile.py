@@ -200,6 +200,9 @@ class DataProfile(Facts):
     sample_runs: Column | None = None  # runs of trained tokens
     run_bounds: Column | None = None
     num_new_tokens: int = 0  # that the template added to the model's
+    # Of the first rows: conversations with tool calls, and those of them whose calls the template leaves out.
+    num_with_calls: int = 0
+    num_calls_dropped: int = 0
     num_tokens_if_split: int | None = None  # of `whole`: what one sample a turn, each with its context, would come to
     # Not in profiles of before duplicates were looked for, nor where a trainer measured on its way.
     duplicates: Duplicates | None = None

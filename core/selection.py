@@ -99,6 +99,11 @@ class Samples:
         return sum(known) if len(known) == len(tokens) else None
 
     @property
+    def calls_dropped(self) -> tuple[int, int]:
+        """Conversations whose tool calls the template leaves out, and all with calls that were looked at."""
+        return sum(p.num_calls_dropped for p in self.profiles), sum(p.num_with_calls for p in self.profiles)
+
+    @property
     def know_their_runs(self) -> bool:
         return all(profile.sample_runs is not None for profile in self.profiles)
 

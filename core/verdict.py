@@ -45,6 +45,9 @@ def verdict(plan: JobPlan) -> Iterator[Remark]:
         if counts.get(key):
             said = Reason(f"verdict.{key}", {"count": counts[key], "total": counts[total]})
             yield Remark(level, field, said, _fixes(plan, key))
+    dropped = dropped_calls(counts)
+    if dropped is not None:
+        yield Remark("warning", "model.chat_template", dropped, ({"model.chat_template": "chatml"},))
     yield from _of_overlap(plan)
     yield from _of_room_for_longer(plan)
     yield from _of_warmup(plan)
@@ -61,6 +64,13 @@ def saved_by_whole(counts: Mapping[str, int]) -> Reason | None:
     if split <= whole:
         return None
     return Reason("verdict.whole_saves", {"whole": whole, "split": split, "ratio": f"{split / whole:.2f}"})
+
+
+def dropped_calls(counts: Mapping[str, int]) -> Reason | None:
+    """That the model learns no call, where the chat template leaves some out."""
+    if not counts.get("calls_dropped"):
+        return None
+    return Reason("verdict.calls_dropped", {"count": counts["calls_dropped"], "total": counts["calls_looked_at"]})
 
 
 def _fixes(plan: JobPlan, key: str) -> tuple[Fix, ...]:

@@ -82,6 +82,8 @@ COUNTS: dict[str, str] = {
     "cuts": N_("cuts at the ends of wrapped rows"),
     "targets_lost_at_row_ends": N_("trained tokens lost by these cuts"),
     "rows_without_targets": N_("wrapped rows without a trained token, left out"),
+    "calls_dropped": N_("conversations whose tool calls the template leaves out, among the first rows"),
+    "calls_looked_at": N_("conversations with tool calls among the first rows"),
     "tokens_if_whole": N_("tokens of whole conversations"),
     "tokens_if_split": N_("tokens if each turn were a sample"),
     "samples_validation": N_("samples for validation"),

@@ -218,6 +218,15 @@ def test_what_by_estimate_does_not_fit_is_warned_of_and_each_fix_makes_it_fit(
         assert "verdict.memory_short" not in warnings(planned(mended(spec, fix), gigabytes, facts)), fix
 
 
+def test_tool_calls_that_the_template_leaves_out_are_warned_of() -> None:
+    facts = FACTS.model_copy(update={"num_with_calls": 1200, "num_calls_dropped": 1100})
+    remark = warnings(planned({}, 80, facts))["verdict.calls_dropped"]
+    assert remark.field == "model.chat_template" and remark.fixes == ({"model.chat_template": "chatml"},)
+    assert "1,100 of the 1,200 conversations" in remark.said.text()
+    seen = FACTS.model_copy(update={"num_with_calls": 1200})
+    assert "verdict.calls_dropped" not in warnings(planned({}, 80, seen)) | warnings(planned({}, 80, FACTS))
+
+
 def test_what_nothing_mends_has_no_button() -> None:
     remark = warnings(planned({"method": {"type": "full"}, "parallel": {"offload": "none"}}, 2, FACTS))
     assert remark["verdict.memory_short"].fixes == ()

@@ -124,6 +124,22 @@ def test_auto_keeps_conversations_whole_where_history_stands_and_splits_where_no
     assert asked.multi_turn_reason == "as the spec asks"
 
 
+def calling(name: str) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": {}}}
+    return conversation("", tool_calls=[call])
+
+
+def test_calls_that_the_template_leaves_out_are_counted_among_the_deciding_rows(tmp_path: Path) -> None:
+    rows = [conversation("no call"), calling("add"), "{", *[calling("add")] * NUM_DECIDING_ROWS]
+    path = write(tmp_path / "rows.jsonl", rows)
+    plain = HfChatTokenizer(byte_level(chat_template=REWRITING))
+    for reading in (Reading(), Reading(multi_turn="split")):
+        dropped = read_samples(path, plain, reading).profile
+        assert dropped.num_with_calls == dropped.num_calls_dropped == NUM_DECIDING_ROWS - 1
+    seen = read_samples(path, TOKENIZER, Reading()).profile
+    assert (seen.num_with_calls, seen.num_calls_dropped) == (NUM_DECIDING_ROWS - 1, 0)
+
+
 def test_the_format_is_decided_by_good_rows_however_many_bad_ones_stand_before(tmp_path: Path) -> None:
     rows: list[object] = ["{"] * (NUM_DECIDING_ROWS + 50)
     alpaca = {"instruction": "say", "output": "hello"}

@@ -14,7 +14,7 @@ import pytest
 import trl
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from core.chat import Sample, Span, build_samples, choose_multi_turn
+from core.chat import CallsSeen, Sample, Span, build_samples, choose_multi_turn, look_for_calls
 from core.conversation import Conversation, parse_row, to_template_messages
 from core.errors import UserError
 from tests.engine.test_tokenizer import byte_level
@@ -61,6 +61,8 @@ REFUSED = {
 }
 # What is known of them: with three plain turns these rewrite earlier ones, these write less than their prompt opens.
 REWRITE = {"gptoss", "phi3", "phi3_5", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"}
+# These have no place for tool calls.
+DROP_CALLS = {"deepseek_r1_distill", "idefics3", "lfm2", "llama3", "phi3", "phi3_5", "qwen2_5_vl", "smolvlm"}
 OPEN_REASONING = {"deepseek_r1_distill", "deepseekv3"} | {name for name in TEMPLATES if name.startswith("nemotron")}
 
 
@@ -130,7 +132,7 @@ def assert_served(served: Served, turn: int, sample: Sample, run: Span, tokenize
 
 def test_the_corpus_is_whole() -> None:
     assert len(TEMPLATES) == 41
-    assert set.union(REWRITE, OPEN_REASONING, *REFUSED.values()) <= set(TEMPLATES)
+    assert set.union(REWRITE, DROP_CALLS, OPEN_REASONING, *REFUSED.values()) <= set(TEMPLATES)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -164,6 +166,22 @@ def test_a_template_is_trained_as_it_is_served(name: str) -> None:
             assert choice.mode == ("split" if name in REWRITE else "whole")
             assert all(announced) == (name not in OPEN_REASONING) and any(announced) == all(announced)
     assert num_turns >= 6
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_that_leaves_tool_calls_out_is_found(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    plain, *called = (talk_of(talk) for talk in ("three turns", "tools", "reasoning with tools"))
+    assert look_for_calls([plain], tokenizer) == CallsSeen(0, 0)
+    num_refused = sum(name in REFUSED[talk] for talk in ("tools", "reasoning with tools"))
+    seen = look_for_calls([plain, *called], tokenizer)
+    assert seen == CallsSeen(2 - num_refused, 2 if name in DROP_CALLS else 0)
+    messages, _ = to_template_messages(called[0])
+    if num_refused == 0:
+        text = tokenizer.render(messages, None, False).text
+        assert ("add" in text) == (name not in DROP_CALLS), "without its tools only a call has the name"
+    in_chatml = HfChatTokenizer(tokenizer.tokenizer, "chatml")
+    assert look_for_calls(called, in_chatml) == CallsSeen(2, 0), "what the warning offers writes them"
 
 
 def test_a_turn_that_begins_otherwise_than_announced_keeps_its_first_token() -> None:

@@ -292,6 +292,27 @@ def test_what_nobody_can_mend_is_internal_and_its_traceback_is_logged(
     assert "Traceback" in caplog.text
 
 
+def test_tool_calls_that_the_template_leaves_out_are_warned_of(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = jobs.make_model(tmp_path / "model")
+    written = (model / "chat_template.jinja").read_text()
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(data.read_text() + json.dumps({"messages": [{"role": "user", "content": "1+2?"}, call]}) + "\n")
+    plain = (
+        "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+        "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    )
+    told = {}
+    for name, template in (("written", written), ("left out", plain)):
+        (model / "chat_template.jinja").write_text(template)
+        job = jobs.make_job(tmp_path / name, model, rows, schedule={"max_steps": 1}, evaluation={"every_steps": None})
+        assert jobs.run(job, monkeypatch) == 0, jobs.outcome_of(job).text
+        told[name] = [event["text"] for event in jobs.events_of(job, "warning") if event["code"] == "calls_dropped"]
+    assert told["written"] == [] and "1 of the 1 conversations" in told["left out"][0]
+
+
 def test_a_disk_without_room_is_a_warning_twice_and_then_the_end(
     tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

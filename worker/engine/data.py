@@ -24,7 +24,17 @@ from typing import cast
 
 import numpy as np
 
-from core.chat import ChatTokenizer, Drafts, Encoding, MultiTurn, Sample, TrainOn, choose_multi_turn
+from core.chat import (
+    CallsSeen,
+    ChatTokenizer,
+    Drafts,
+    Encoding,
+    MultiTurn,
+    Sample,
+    TrainOn,
+    choose_multi_turn,
+    look_for_calls,
+)
 from core.conversation import FORMAT_ROWS, Format, Parsed, detect_format, parse_row
 from core.errors import UserError
 from core.profile import Column, DataProfile, RefusedRow
@@ -38,8 +48,8 @@ from worker.engine.tokenizer import HfChatTokenizer
 from worker.job_directory import InputFile, Inputs
 
 CHUNK_BYTES = 1 << 20
-# Good rows that decide the format, and whether `auto` keeps conversations whole. A later conversation whose history
-# doesn't stand is split by itself and counted.
+# Good rows that decide the format, whether `auto` keeps conversations whole, and whether the template writes calls. A
+# later conversation whose history doesn't stand is split by itself and counted.
 NUM_DECIDING_ROWS = FORMAT_ROWS
 ROWS_PER_BATCH = 256  # enough to keep the Rust tokenizer's threads busy
 MAX_REFUSED_LISTED = 1000
@@ -131,6 +141,7 @@ def write_samples(
     with SampleWriter(folder) as writer:
         builder = _Builder(writer, tokenizer, format, cast(TrainOn, reading.train_on))
         multi_turn, why = builder.choose_multi_turn(good, reading.multi_turn)
+        builder.look_for_calls(good)
         taken = (row for row in chain(deciding, rows) if only is None or row.index in only)
         builder.add_all(_batches(taken, ROWS_PER_BATCH), multi_turn, is_ahead=is_ahead)
         if not builder.num_samples:
@@ -182,6 +193,7 @@ class _Builder:
         self.num_refused = 0
         self.num_fell_back = 0
         self.num_tokens_if_split = 0
+        self.calls = CallsSeen(0, 0)
         self.refused: list[RefusedRow] = []
         self._sample_row = array("I")
         self._sample_length = array("I")
@@ -199,9 +211,15 @@ class _Builder:
         """Whole or split, and why."""
         if asked != "auto":
             return cast(MultiTurn, asked), "as the spec asks"
-        parsed = (self._parse(row) for row in rows)
-        choice = choose_multi_turn([row for row in parsed if not isinstance(row, UserError)], self._tokenizer)
+        choice = choose_multi_turn(self._conversations(rows), self._tokenizer)
         return choice.mode, choice.reason
+
+    def look_for_calls(self, rows: Sequence[Row]) -> None:
+        self.calls = look_for_calls(self._conversations(rows), self._tokenizer)
+
+    def _conversations(self, rows: Sequence[Row]) -> Iterator[Parsed]:
+        parsed = (self._parse(row) for row in rows)
+        return (conversation for conversation in parsed if not isinstance(conversation, UserError))
 
     def add_all(self, batches: Iterable[Batch], multi_turn: MultiTurn, *, is_ahead: bool) -> None:
         if not is_ahead:
@@ -288,6 +306,8 @@ class _Builder:
             run_bounds=Column(self._run_bounds),
             num_tokens_if_split=self.num_tokens_if_split,
             num_new_tokens=len(self._tokenizer.added_ids),
+            num_with_calls=self.calls.num_conversations,
+            num_calls_dropped=self.calls.num_dropped,
         )
 
 

@@ -48,6 +48,7 @@ from core.run_totals import run_totals
 from core.schedule import lr_at
 from core.spec import JobSpec, batch_key, parse_spec
 from core.unbuilt import refuse_unbuilt
+from core.verdict import dropped_calls
 from core.wire import MeasuredProfile
 from core.zero import Loaded, refuse_unproven, uses_deepspeed
 from worker.engine import checkpoint
@@ -138,6 +139,9 @@ def train(run: Run) -> None:  # noqa: PLR0915 (it reads as one article)
     run.spec = plan.spec
     refuse_unproven(plan.spec, Loaded.of(profile.shape, num_new_tokens=len(tokenizer.added_ids)))
     ranks.agree_on("the plan", plan_hash(plan))
+    dropped = dropped_calls(plan.all_counts)
+    if dropped is not None:
+        emitter.warn("calls_dropped", dropped.text())
     run.obey()
 
     # Model: weights and adapters, in one piece or cut up over the ranks; then what its family does differently.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from core.arrangement import FEW, deal_evenly, pack
 from core.errors import UserError
-from core.layout import MOST_SAMPLES, SHARE_OF_OTHERS, lay_out, lay_out_padded, num_slots, padded_efficiency, report
+from core.layout import MOST_SAMPLES, SHARE_OF_OTHERS, lay_out, padded_efficiency, report
 from core.packing import (
     PlanSettings,
     SampleSet,
@@ -245,9 +245,13 @@ def test_the_report_of_each_way_is_the_sum_of_its_steps_as_they_are_laid_out(bat
     assert answer.all_padded_efficiency == pytest.approx(lengths.mean() / CAPACITY)
     assert answer.fewest_rows == lower_bound(lengths, CAPACITY)
     plain = replace(own, mode="padded", algorithm="best_fit")
-    padded = [lay_out_padded(step) for step in plan_epoch(lengths, plain, 11, 1)]
-    assert answer.baseline.slots == sum(sum(map(num_slots, layout.ranks[0])) for layout in padded)
-    assert answer.baseline.rows == len(lengths) and answer.baseline.passes == sum(len(each.ranks[0]) for each in padded)
+    batches = [
+        [segment.length for segment in step.segments[at : at + 8]]
+        for step in plan_epoch(lengths, plain, 11, 1)
+        for at in range(0, len(step.segments), 8)
+    ]
+    assert answer.baseline.slots == sum(len(batch) * max(batch) for batch in batches)
+    assert answer.baseline.rows == len(lengths) and answer.baseline.passes == len(batches)
     assert answer.relative_cost(answer.mine) == answer.mine.slots / answer.baseline.slots
 
 
